@@ -1,0 +1,44 @@
+# make demo | test | check | clean. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= outputs/demo
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test check format clean
+
+help:
+	@echo "make demo     distil the digits teacher and compare it with its student, into $(DEMO_DIR)"
+	@echo "make test     the whole test suite, on the CPU"
+	@echo "make check    formatting, lint, types, layering"
+	@echo "make format   format and fix what can be fixed"
+	@echo "make clean    remove the virtual environment and caches; outputs/ stays"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python train/demo.py --output_dir $(DEMO_DIR)
+
+# One thread a worker: two workers with torch's default threads fight over the same cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy diffusion_distill
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_layers.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,151 @@
+"""Time of each turn of a method over its floor: the bare forward and backward passes that it cannot avoid.
+
+    python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu.json
+
+Turn and floor are measured in the same run, interleaved, as process CPU time (on CUDA: wall time between two
+synchronisations), and each figure is the median over repeats. The floor of a turn is what its hooks saw: so many forward
+passes without gradient, so many with, and one backward pass through the latter, on the bare diffusers module.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from diffusion_distill.build import build_networks
+from diffusion_distill.config import parse, run_cli
+from diffusion_distill.ema import EMA
+from diffusion_distill.families import family_of
+from diffusion_distill.methods import METHODS, Batch, Method
+from diffusion_distill.optim import build_optimizer
+from diffusion_distill.provenance import provenance, write_json
+from diffusion_distill.random import SampleRandom
+from diffusion_distill.train_config import TrainConfig
+from train.digits_teacher import digits_pipeline
+
+
+@dataclass
+class StepCost:
+    output: str = "benchmarks/results/step_cost.json"
+    """JSON file of the results."""
+    repeats: int = 15
+    """Measurements of each figure."""
+    batch_size: int = 64
+    """Samples a turn."""
+    process: str = "flow"
+    """The digits teacher's: flow, v_prediction or epsilon."""
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """CPU seconds of one run; wall seconds on CUDA."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = clock()
+    run()
+    synchronize()
+    return clock() - start
+
+
+class Turn:
+    """One turn of a method as the trainer runs it, and its floor."""
+
+    def __init__(self, pipe: Any, method: Method, turn: int, batch_size: int):
+        self.pipe, self.method, self.turn, self.batch_size = pipe, method, turn, batch_size
+        self.family = family_of(pipe)
+        self.shape = self.family.sample_shape(pipe)
+        config = TrainConfig(learning_rate=1e-6)
+        self.nets = build_networks(pipe, method, config, self.shape)
+        self.optimizers = {role: build_optimizer(self.nets.parameters(role).values(), 1e-6, config) for role in self.nets.trained_roles}
+        self.ema = EMA(self.nets.parameters("student"), 0.999)
+        self.cond = self.family.encode_conditions(pipe, [0] * batch_size)
+        self.x = torch.randn(batch_size, *self.shape, device=pipe.device)
+        self.step = 0
+
+    def run(self) -> None:
+        roles, loss_fn = list(self.method.updates(0))[self.turn]
+        random = SampleRandom((self.step,), range(self.batch_size), self.pipe.device)
+        batch = Batch(self.cond, self.cond, self.shape, random, self.x)
+        if self.turn:
+            batch.carried["x0"] = self.x
+        with self.nets.only_trains(roles):
+            loss, _ = loss_fn(self.nets, batch)
+            loss.backward()
+        for role in roles:
+            parameters = list(self.nets.parameters(role).values())
+            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            self.optimizers[role].step()
+            self.optimizers[role].zero_grad(set_to_none=True)
+        if "student" in roles:
+            self.ema.update()
+        self.step += 1
+
+    def passes(self) -> tuple[int, int]:
+        """(forward passes without gradient, forward and backward passes) of the big networks in one turn."""
+        found = {False: 0, True: 0}
+        models = [net.model for role in ("teacher", "student", "fake_score") if (net := getattr(self.nets, role))]
+
+        def count(*_: Any) -> None:
+            found[torch.is_grad_enabled()] += 1
+
+        handles = [model.register_forward_pre_hook(count) for model in models]
+        self.run()
+        for handle in handles:
+            handle.remove()
+        return found[False], found[True]
+
+    def bare_forward(self) -> None:
+        with torch.no_grad():
+            self._call(self.nets.teacher.model)
+
+    def bare_forward_backward(self) -> None:
+        model = self.nets.student.model
+        with self.nets.only_trains(("student",)):
+            self._call(model).square().mean().backward()
+        for p in model.parameters():
+            p.grad = None
+
+    def _call(self, model: Any) -> torch.Tensor:
+        return self.family.call(model, self.x, torch.full((self.batch_size,), 500, device=self.x.device), self.cond)
+
+
+def measure(turn: Turn, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of the turn and of its floor, measured in turn."""
+    forward, both = turn.passes()
+    times: dict[str, list[float]] = {"turn": [], "forward": [], "forward_backward": []}
+    for _ in range(repeats):
+        times["turn"].append(seconds(turn.run))
+        times["forward"].append(seconds(turn.bare_forward))
+        times["forward_backward"].append(seconds(turn.bare_forward_backward))
+    ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    floor = forward * ms["forward"] + both * ms["forward_backward"]
+    return {**ms, "forward_passes": forward, "forward_backward_passes": both, "floor": floor, "over_floor": ms["turn"] / floor}
+
+
+def main() -> None:
+    (config,) = parse(None, StepCost, prog="step_cost.py", description=__doc__ or "")
+    torch.manual_seed(0)
+    pipe = digits_pipeline(config.process).to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name, kind in METHODS.items():
+        method = kind(guidance_scale=1.0, gan_weight=0.0, num_inference_steps=1)  # type: ignore[call-arg]
+        for index, (roles, _) in enumerate(method.updates(0)):
+            row = {"method": name, "turn": "+".join(roles), **measure(Turn(pipe, method, index, config.batch_size), config.repeats)}
+            rows.append(row)
+            print(f"{name:8} {row['turn']:12} {row['floor']:8.1f} ms floor, {row['over_floor']:.3f} x", flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(config.output), {"device": device, "threads": torch.get_num_threads(), "rows": rows, **provenance()})
+    print(json.dumps({row["turn"]: round(row["over_floor"], 3) for row in rows}))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,27 @@
+"""Distil any pretrained diffusers pipeline into a student that samples in one to eight steps."""
+
+from .config import TeacherConfig
+from .data import DataConfig, build_dataset
+from .distill import distill, run
+from .errors import InputError
+from .methods import DMD2, METHODS
+from .sampler import FewStepSampler
+from .train_config import TrainConfig
+from .trainer import NonFiniteError, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DMD2",
+    "METHODS",
+    "DataConfig",
+    "FewStepSampler",
+    "InputError",
+    "NonFiniteError",
+    "TeacherConfig",
+    "TrainConfig",
+    "Trainer",
+    "build_dataset",
+    "distill",
+    "run",
+]

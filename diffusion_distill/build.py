@@ -1,0 +1,79 @@
+"""From a pretrained pipeline to the networks of a method."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from .config import TeacherConfig
+from .denoiser import Denoiser
+from .errors import InputError
+from .families import family_of
+from .methods import Method
+from .networks import Networks, trainable_copy
+from .random import derive_seed
+from .schedule import NoiseSchedule, prediction_type_of
+from .train_config import TrainConfig
+
+
+def load_pipeline(teacher: TeacherConfig) -> Any:
+    """Load a diffusers pipeline from a folder or the hub.
+
+    Raises:
+        InputError: when diffusers cannot load it, with its reason in one line.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(
+            teacher.pretrained_model_name_or_path,
+            revision=teacher.revision,
+            variant=teacher.variant,
+            trust_remote_code=teacher.trust_remote_code,
+        )
+    except (OSError, ValueError, AttributeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"pretrained_model_name_or_path: cannot load {teacher.pretrained_model_name_or_path!r}: {reason}") from error
+
+
+def teacher_denoiser(pipe: Any) -> Denoiser:
+    """The pipeline's own network, frozen, in evaluation mode."""
+    family = family_of(pipe)
+    model = getattr(pipe, family.component)
+    model.requires_grad_(False).eval()
+    return Denoiser(model, NoiseSchedule.from_scheduler(pipe.scheduler), prediction_type_of(pipe.scheduler), family)
+
+
+def build_networks(pipe: Any, method: Method, config: TrainConfig, sample_shape: tuple[int, ...]) -> Networks:
+    """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank."""
+    teacher = teacher_denoiser(pipe)
+    bf16 = config.mixed_precision == "bf16"
+    teacher.autocast_dtype = torch.bfloat16 if bf16 else None
+    roles: dict[str, nn.Module] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, 0x1217))
+        for role in method.copies:
+            roles[role] = _trained(teacher, config)
+        x_t = torch.zeros(1, *sample_shape, device=pipe.device)
+        t = teacher.schedule.timestep(torch.full((1,), 0.5, device=pipe.device))
+        with torch.no_grad():
+            roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1))
+    if bf16:
+        teacher.model.to(torch.bfloat16)
+    return Networks(teacher=teacher, **roles)
+
+
+def _trained(teacher: Denoiser, config: TrainConfig) -> nn.Module:
+    copy: Any = trainable_copy(teacher)
+    copy.family = teacher.family
+    if config.gradient_checkpointing:
+        copy.model.enable_gradient_checkpointing()
+    if config.lora_rank:
+        copy.requires_grad_(False)
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha or config.lora_rank, target_modules=list(teacher.family.lora_targets)
+        )
+        inject_adapter_in_model(lora, copy.model)
+    trained: nn.Module = copy
+    return trained

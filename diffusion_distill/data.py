@@ -1,0 +1,399 @@
+"""Prompts, class labels and images, and which sample stands where in which batch.
+
+The order is a function of (seed, step) alone: a resumed run needs no stored position, and the same global batch holds the
+same samples in the same slots whether it is one batch, several accumulated ones, or spread over ranks.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import InputError, reject
+from .random import derive_seed
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow's decoders raise
+
+Condition = str | int  # a prompt or a class label
+
+
+class _Conditioned(TypedDict):
+    condition: Condition
+
+
+class Item(_Conditioned, total=False):
+    """One sample."""
+
+    image: Tensor  # (C, H, W) float32 in [-1, 1]
+
+
+class MicroBatch(TypedDict):
+    """b samples; `slots` are their positions in the global batch of the optimizer step."""
+
+    slots: list[int]
+    condition: list[Condition]
+    image: Tensor | None  # (b, C, H, W) float32 in [-1, 1]
+
+
+@dataclass
+class DataConfig:
+    """What to train on: exactly one of `train_data_dir`, `prompts_file`, `dataset` and `num_classes`."""
+
+    train_data_dir: str | None = None
+    """Folder of images: one sub-folder a class (labels count from 0 in sorted order of the names), or images with a
+    metadata.jsonl of `file_name` and caption (or integer `label`) a line, as in Hugging Face's imagefolder."""
+    caption_column: str = "text"
+    """Key of the caption in metadata.jsonl."""
+    prompts_file: str | None = None
+    """Text file of one prompt a line; for training without images."""
+    dataset: Literal["", "digits"] = ""
+    """Built-in data: `digits` is the training split of scikit-learn's 8x8 digits."""
+    num_classes: int | None = None
+    """Number of class labels; for training a class-conditional teacher without images."""
+    resolution: int | None = None
+    """Side of the training images in pixels. None: the teacher's own."""
+    center_crop: bool = True
+    """Scale the shorter side to `resolution` and crop the centre. Off: stretch the image to a square."""
+    dataloader_num_workers: int = 0
+    """Processes that load images; 0 loads in the main process."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("train_data_dir", "prompts_file", "dataset") if getattr(self, name)]
+        given += ["num_classes"] if self.num_classes is not None else []
+        if len(given) != 1:
+            fields = "train_data_dir, prompts_file, dataset, num_classes"
+            raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the four says what to train on")
+        for name, minimum in (("num_classes", 1), ("resolution", 1), ("dataloader_num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise reject(name, value, f"{minimum} or more")
+        if not self.caption_column:
+            raise reject("caption_column", self.caption_column, "a key of metadata.jsonl")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images by index, read from disk at each access as (channels, resolution, resolution) float32 in [-1, 1]."""
+
+    paths: Sequence[Path]
+    channels: int
+    resolution: int
+    center_crop: bool
+
+    def __getitem__(self, index: int) -> Tensor:
+        return load_image(self.paths[index], self.channels, self.resolution, self.center_crop)
+
+
+class ConditionDataset(Dataset[Item]):
+    """Conditions, with the image of the same index where there are images."""
+
+    def __init__(self, conditions: Sequence[Condition], images: ImageFiles | Tensor | None = None):
+        self.conditions, self.images = conditions, images
+
+    def __len__(self) -> int:
+        return len(self.conditions)
+
+    def __getitem__(self, index: int) -> Item:
+        item: Item = {"condition": self.conditions[index]}
+        if self.images is not None:
+            item["image"] = self.images[index]
+        return item
+
+
+def build_dataset(
+    config: DataConfig, *, needs_images: bool, channels: int | None, resolution: int | None, num_classes: int | None = None
+) -> ConditionDataset:
+    """The samples that `config` describes; without `needs_images`, no image is opened.
+
+    `channels`, `resolution` (pixels) and `num_classes` are the teacher's, None where it has none; `config.resolution` comes
+    before `resolution`. InputError: missing or empty sources, images needed where there are none, metadata lines that are
+    not usable, labels the teacher does not know. An unreadable image is an InputError when it is loaded.
+    """
+    side = config.resolution or resolution
+    if needs_images:
+        _check_image_settings(config, channels, side)
+    if config.prompts_file:
+        return ConditionDataset([line for _, line in _numbered_lines("prompts_file", Path(config.prompts_file))])
+    if config.num_classes is not None:
+        _check_class_count("num_classes", config.num_classes, num_classes)
+        return ConditionDataset(range(config.num_classes))
+    if config.dataset == "digits":
+        images, labels = load_digits_split(side if needs_images else None)
+        _check_class_count("dataset", 10, num_classes)
+        return ConditionDataset(labels, images.expand(-1, channels or 1, -1, -1) if needs_images else None)
+    conditions, paths = _read_folder(config, needs_images, num_classes)
+    files = ImageFiles(paths, channels, side, config.center_crop) if needs_images and channels and side else None
+    return ConditionDataset(conditions, files)
+
+
+def load_digits_split(resolution: int | None = 8) -> tuple[Tensor, list[int]]:
+    """The 1,297 training digits of scikit-learn, (1297, 1, 8, 8) float32 in [-1, 1], and their labels.
+
+    The other 500 are the held-out split of `train_test_split(test_size=500, stratify=labels, random_state=0)`.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise reject("dataset", "digits", "it needs scikit-learn: pip install 'diffusion-distill[demo]'") from None
+    if resolution not in (None, 8):
+        raise reject("resolution", resolution, "digits are 8x8 pixels")
+    digits = load_digits()
+    images, _, labels, _ = train_test_split(digits.images, digits.target, test_size=500, stratify=digits.target, random_state=0)
+    return torch.from_numpy(images).float().unsqueeze(1) / 8 - 1, labels.tolist()
+
+
+def load_image(path: Path, channels: int, resolution: int, center_crop: bool = True) -> Tensor:
+    """An image file as (channels, resolution, resolution) float32 in [-1, 1]; an alpha channel is dropped.
+
+    Bicubic with antialiasing, upright as its EXIF orientation says. InputError names a file that cannot be read or is not 8-bit.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+    if image.mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit pixels at 255 without a word
+        raise reject(str(path), image.mode, f"an image of 8 bits a channel, of mode {', '.join(_EIGHT_BIT_MODES)}")
+    image = _square(image.convert(PIL_MODES[channels]), resolution, center_crop)
+    pixels = torch.from_numpy(np.array(image)).reshape(resolution, resolution, channels)
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def _square(image: Image.Image, side: int, center_crop: bool) -> Image.Image:
+    if not center_crop:
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def _check_image_settings(config: DataConfig, channels: int | None, side: int | None) -> None:
+    if not config.train_data_dir and not config.dataset:
+        source = "prompts_file" if config.prompts_file else "num_classes"
+        raise InputError(f"{source}: it holds no images; give train_data_dir (or dataset), or choose settings that need no images")
+    if channels not in PIL_MODES:
+        raise reject("channels", channels, "the teacher's images must have 1 channel (grey) or 3 (RGB)")
+    if side is None:
+        raise reject("resolution", side, "the side of the training images in pixels; the teacher does not say it")
+
+
+def _check_class_count(field: str, count: int, num_classes: int | None) -> None:
+    if num_classes is not None and count > num_classes:
+        raise InputError(f"{field}: got {count} classes; the teacher knows {num_classes}")
+
+
+def _numbered_lines(field: str, path: Path) -> list[tuple[int, str]]:
+    """Stripped lines of a text file that are not blank, each with its number from 1."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise reject(field, str(path), f"a readable text file in UTF-8 ({error})") from None
+    kept = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not kept:
+        raise reject(field, str(path), "at least one line that is not blank")
+    return kept
+
+
+def _read_folder(config: DataConfig, needs_images: bool, num_classes: int | None) -> tuple[list[Condition], list[Path]]:
+    """Conditions and, where images are needed, their paths."""
+    root = Path(config.train_data_dir or "")
+    if not root.is_dir():
+        raise reject("train_data_dir", str(root), "an existing folder")
+    if (root / "metadata.jsonl").is_file():
+        return _read_metadata(root, config.caption_column, needs_images, num_classes)
+    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes or any(_is_image(p.name) for p in root.iterdir()):
+        raise reject("train_data_dir", str(root), "a folder with a metadata.jsonl, or with nothing but one sub-folder of images a class")
+    _check_class_count("train_data_dir", len(classes), num_classes)
+    conditions: list[Condition] = []
+    paths: list[Path] = []
+    for label, folder in enumerate(classes):
+        found = _images_below(root, folder)
+        conditions += [label] * len(found)
+        paths += found
+    return conditions, paths
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _images_below(root: Path, folder: Path) -> list[Path]:
+    found = sorted(Path(base, name) for base, _, names in os.walk(folder) for name in names if _is_image(name))
+    if not found:
+        raise reject("train_data_dir", str(folder), f"a class needs at least one image ({', '.join(SUFFIXES)})")
+    for path in (folder, *found):
+        if path.is_symlink():
+            _check_inside(root.resolve(), path, "train_data_dir")
+    return found
+
+
+def _check_inside(real_root: Path, path: Path, where: str) -> None:
+    if not path.resolve().is_relative_to(real_root):
+        raise reject(where, str(path), f"a file inside {real_root}; links out of the folder are not followed")
+
+
+def _read_metadata(root: Path, caption_column: str, needs_images: bool, num_classes: int | None) -> tuple[list[Condition], list[Path]]:
+    conditions: list[Condition] = []
+    paths: list[Path] = []
+    real_root = root.resolve()
+    for number, line in _numbered_lines("train_data_dir", root / "metadata.jsonl"):
+        where = f"{root / 'metadata.jsonl'}, line {number}"
+        row = _parse_row(line, where)
+        conditions.append(_condition_of(row, caption_column, num_classes, where))
+        if type(conditions[0]) is not type(conditions[-1]):
+            raise InputError(f"{where}: got {conditions[-1]!r} after {conditions[0]!r}; all lines have a caption, or all a label")
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise reject(f"{where}: file_name", name, "the path of an image, relative to the folder")
+        if needs_images:
+            _check_inside(real_root, root / name, f"{where}: file_name")
+            if not (root / name).is_file():
+                raise reject(f"{where}: file_name", name, f"no such file in {root}")
+            paths.append(root / name)
+    return conditions, paths
+
+
+def _parse_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise reject(where, line[:80], "a JSON object on each line")
+    return row
+
+
+def _condition_of(row: dict[str, Any], caption_column: str, num_classes: int | None, where: str) -> Condition:
+    """The caption, or the label of a line that has no caption."""
+    if caption_column in row or "label" not in row:
+        caption = row.get(caption_column)
+        if not isinstance(caption, str):
+            raise reject(f"{where}: {caption_column}", caption, f"a caption as text under {caption_column!r}, or an integer 'label'")
+        return caption
+    label = row["label"]
+    if type(label) is not int or label < 0 or (num_classes is not None and label >= num_classes):
+        raise reject(f"{where}: label", label, f"0 to {num_classes - 1}" if num_classes else "a whole number, 0 or more")
+    return label
+
+
+class GlobalBatchSampler:
+    """The endless sequence of epochs, each a permutation of its own, cut into global batches.
+
+    Batches run across the ends of epochs, so that a data set may be smaller than a batch and every epoch is complete.
+    """
+
+    def __init__(self, dataset_size: int, global_batch_size: int, seed: int):
+        for name, value in (("dataset_size", dataset_size), ("global_batch_size", global_batch_size)):
+            if value < 1:
+                raise reject(name, value, "1 or more")
+        self.dataset_size, self.global_batch_size, self.seed = dataset_size, global_batch_size, seed
+        self._permutations: dict[int, list[int]] = {}  # of the epochs that the last batch met
+
+    def indices(self, step: int) -> list[int]:
+        """The samples of optimizer step `step`, in the order of their slots; steps may be asked in any order."""
+        first = step * self.global_batch_size
+        positions = range(first, first + self.global_batch_size)
+        epochs = range(first // self.dataset_size, positions[-1] // self.dataset_size + 1)
+        self._permutations = {epoch: self._permutations.get(epoch) or self._permutation(epoch) for epoch in epochs}
+        return [self._permutations[p // self.dataset_size][p % self.dataset_size] for p in positions]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        order: list[int] = torch.randperm(self.dataset_size, generator=generator).tolist()
+        return order
+
+
+def micro_batches(indices: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[list[tuple[int, int]]]:
+    """This rank's share of a global batch: `accumulation` lists of (slot, index).
+
+    Sample j of micro-batch m on rank r has slot (m * world_size + r) * b + j, b being the size of a micro-batch.
+    """
+    size = _micro_batch_size(len(indices), world_size, accumulation)
+    starts = [(m * world_size + rank) * size for m in range(accumulation)]
+    return [[(slot, indices[slot]) for slot in range(start, start + size)] for start in starts]
+
+
+def _micro_batch_size(global_batch_size: int, world_size: int, accumulation: int) -> int:
+    parts = world_size * accumulation
+    if global_batch_size % parts:
+        raise reject("global batch size", global_batch_size, f"a multiple of {world_size} processes x {accumulation} micro-batches")
+    return global_batch_size // parts
+
+
+def batches(
+    dataset: Dataset[Any],
+    sampler: GlobalBatchSampler,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+) -> Iterator[list[MicroBatch]]:
+    """This rank's micro-batches of each optimizer step from `start_step` to before `stop_step`.
+
+    InputError: a global batch that does not divide, and whatever a sample raises as such, also from a worker process.
+    """
+    _micro_batch_size(sampler.global_batch_size, world_size, accumulation)
+    steps = range(start_step, stop_step)
+    plan = (micro for step in steps for micro in micro_batches(sampler.indices(step), rank, world_size, accumulation))
+    loader: DataLoader[Any] = DataLoader(
+        _SlottedDataset(dataset),
+        batch_sampler=plan,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(sampler.seed),  # else the loader draws from the global one
+    )
+    return _steps(loader, len(steps), accumulation)
+
+
+def _steps(loader: DataLoader[Any], steps: int, accumulation: int) -> Iterator[list[MicroBatch]]:
+    loaded = iter(loader)
+    for _ in range(steps):
+        step = [next(loaded) for _ in range(accumulation)]
+        for micro in step:
+            if isinstance(micro, InputError):
+                raise micro
+        yield step
+
+
+class _SlottedDataset(Dataset[Any]):
+    """Samples by (slot, index). An InputError is handed over: raised in a worker process, it would come with a traceback as its text."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Item | InputError]:
+        slot, index = key
+        try:
+            return slot, self.dataset[index]
+        except InputError as error:
+            return slot, error
+
+
+def _collate(samples: Sequence[tuple[int, Any]]) -> MicroBatch | InputError:
+    for _, item in samples:
+        if isinstance(item, InputError):
+            return item
+    images = [item["image"] for _, item in samples if "image" in item]
+    return {
+        "slots": [slot for slot, _ in samples],
+        "condition": [item["condition"] for _, item in samples],
+        "image": torch.stack(images) if images else None,
+    }

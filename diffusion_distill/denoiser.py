@@ -1,0 +1,71 @@
+"""A diffusers model with what is needed to read it: its schedule, its prediction type, its family."""
+
+import torch
+from torch import Tensor, nn
+
+from .families import Cond, Family
+from .prediction import Prediction
+from .schedule import NoiseSchedule, expand_dims
+
+
+class _AllTapped(Exception):
+    """Ends a forward pass once every tapped module has run."""
+
+
+class Denoiser(nn.Module):
+    """`denoiser(x_t, t, cond)` is a `Prediction`, whatever the network underneath predicts.
+
+    Conversions run in float32 (float64 for float64 input); the network runs in its own dtype, or under autocast to
+    `autocast_dtype`. Each call enters autocast anew: a cast of the weights cached under `no_grad` would cut the gradient of
+    a later call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        family: Family,
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.model, self.schedule, self.prediction_type, self.family = model, schedule, prediction_type, family
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """Prediction at x_t (B, ...) and t (B,)."""
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        output = self._run(x_t, t, cond).to(x_t.dtype)
+        alpha, sigma = expand_dims(self.schedule.alpha(t), x_t), expand_dims(self.schedule.sigma(t), x_t)
+        return Prediction.from_output(output, self.prediction_type, x_t, alpha, sigma, self.schedule.sigma_data)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Outputs of the family's tapped modules; the rest of the network is not run."""
+        taps, found = self.family.taps(self.model), []
+
+        def tap(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            if len(found) == len(taps):
+                raise _AllTapped
+
+        handles = [module.register_forward_hook(tap) for module in taps]
+        try:
+            self._run(x_t, t, cond)
+        except _AllTapped:
+            return found
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise RuntimeError(f"family {self.family.name!r}: the network ran {len(found)} of its {len(taps)} tapped modules")
+
+    def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.family.call(self.model, x_t.to(dtype), t, cond)
+
+
+def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Prediction:
+    """Classifier-free guidance uncond + scale (cond - uncond) (arXiv:2207.12598, eq. 6 with scale = 1 + w); 1 is off."""
+    pred = denoiser(x_t, t, cond)
+    return pred if scale == 1 else denoiser(x_t, t, uncond).interpolate(pred, scale)

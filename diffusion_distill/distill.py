@@ -1,0 +1,100 @@
+"""From a pipeline to an exported student in one call."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .config import TeacherConfig, to_mapping
+from .data import DataConfig, build_dataset
+from .export import export_student, push_to_hub, verify_export
+from .families import family_of
+from .methods import METHODS, Method
+from .provenance import provenance, write_json
+from .train_config import TrainConfig
+from .trainer import Trainer
+
+STUDENT = "student"
+
+
+def distill(
+    pipe: Any,
+    method: Method,
+    dataset: Dataset[Any],
+    config: TrainConfig,
+    *,
+    teacher: str | None = None,
+    resolution: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Train a student of the diffusers pipeline `pipe`, export it, and prove the export; the student's folder.
+
+    Args:
+        pipe: the teacher's pipeline.
+        method: the hyper-parameters of a method, such as `DMD2(...)`.
+        dataset: items {"condition": prompt or class label, "image": (C, H, W) in [-1, 1] where the method needs images}.
+        config: settings of the loop; `config.output_dir/student` is the result.
+        teacher: what the model card calls the teacher.
+        resolution: pixels of a side. None: the pipeline's own.
+        settings: more to remember in run.json.
+
+    Raises:
+        InputError: for a wrong setting. NonFiniteError: when training diverges.
+    """
+    trainer = Trainer(pipe, method, config, dataset, resolution, settings)
+    trainer.train()
+    folder = trainer.output_dir / STUDENT
+    if trainer.accelerator.is_main_process:
+        _export(trainer, pipe, folder, teacher)
+        if config.push_to_hub:
+            print("uploaded to", push_to_hub(folder, config.hub_model_id or trainer.output_dir.name))
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def run(method: Method, teacher: TeacherConfig, data: DataConfig, config: TrainConfig) -> Path:
+    """`distill` with everything read from configuration, as the command line does."""
+    from .build import load_pipeline
+
+    pipe = load_pipeline(teacher)
+    shape = family_of(pipe).image_shape(pipe, data.resolution)
+    dataset = build_dataset(data, needs_images=method.needs_images, channels=shape[0], resolution=shape[1])
+    settings = to_mapping(teacher, data)
+    return distill(
+        pipe,
+        method,
+        dataset,
+        config,
+        teacher=teacher.pretrained_model_name_or_path,
+        resolution=data.resolution,
+        settings=settings,
+    )
+
+
+def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> None:
+    conditions = trainer.validation_conditions()
+    name = next(key for key, kind in METHODS.items() if type(trainer.method) is kind)
+    info = {"method": name, "hyper_parameters": to_mapping(trainer.method), "teacher": teacher, **provenance()}
+    with trainer.student_weights(), torch.no_grad():
+        export_student(
+            pipe,
+            trainer.nets.student,
+            trainer.sampler,
+            folder,
+            family=trainer.family,
+            info=info,
+            conditions=conditions,
+            images=trainer.sample(conditions),
+        )
+        proof = verify_export(
+            folder,
+            student=trainer.nets.student,
+            sampler=trainer.sampler,
+            family=trainer.family,
+            pipe=pipe,
+            conditions=conditions[:4],
+            trust_remote_code=True,  # the folder was just written by this process
+        )
+    write_json(folder / "verification.json", proof)
+    print(f"student in {folder}: plain diffusers visits {proof['timesteps']}, largest image difference {proof['max_difference']:.1e}")

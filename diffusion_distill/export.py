@@ -1,0 +1,245 @@
+"""A student leaves as a folder that plain diffusers loads and samples exactly as it was trained, and this is proved."""
+
+import copy
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .denoiser import Denoiser
+from .errors import InputError, reject
+from .families import Family
+from .images import save_grid
+from .model_card import model_card, usage
+from .sampler import FewStepSampler
+from .student_scheduler import student_scheduler
+
+MARKER = "distillation.json"
+SAMPLES = "samples.png"
+
+
+def export_student(
+    pipe: Any,
+    student: Denoiser,
+    sampler: FewStepSampler,
+    folder: str | Path,
+    *,
+    family: Family,
+    info: Mapping[str, Any],
+    conditions: Sequence[Any],
+    images: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a complete pipeline folder: the teacher's pipeline with the student's network and scheduler, a record and a model card.
+
+    The folder appears whole or not at all; a previous export in its place is replaced.
+
+    Args:
+        pipe: the teacher's pipeline; it is left as it is.
+        student: LoRA adapters are merged in a copy.
+        info: what `distillation.json` and the model card tell besides the sampling: teacher, method, hyper_parameters, metrics,
+            license, commit, packages (each may be missing).
+        conditions: prompts or class labels of `images`; the first ones are the example of the model card.
+        images: samples (B, C, H, W) in [-1, 1] for a picture in the model card.
+        dtype: of the saved network.
+
+    Raises:
+        InputError: when the folder holds something else, or no stock scheduler can sample the student.
+    """
+    folder = Path(folder).absolute()
+    _refuse_foreign(folder)
+    scheduler = student_scheduler(student.schedule, sampler, student.prediction_type, pipe.scheduler)
+    exported = _student_pipeline(pipe, family, merged(student.model, dtype), scheduler, sampler)
+    call = _call(family, sampler, scheduler)
+    record: dict[str, Any] = {**info, "num_inference_steps": len(sampler.timesteps), "timesteps": list(sampler.timesteps)}
+    record |= {"sampling": sampler.kind, "guidance_scale": sampler.guidance_scale, "scheduler": type(scheduler).__name__}
+    record |= {"pipeline": type(pipe).__name__, "dtype": str(dtype).removeprefix("torch."), "call": call}
+    code = usage(call, family.condition_argument(conditions[:2]), _is_custom(exported))
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    temporary.mkdir(parents=True)
+    try:
+        exported.save_pretrained(temporary)
+        if images is not None:
+            save_grid(images, temporary / SAMPLES)
+        card = model_card(record, code, SAMPLES if images is not None else None, conditions)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in `dtype` with its LoRA adapters merged into the weights; a copy, unless it is already that."""
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if not adapted and all(p.dtype == dtype for p in model.parameters()):
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    whole: nn.Module = recurse_remove_peft_layers(model) if adapted else model
+    return whole.to(dtype)
+
+
+def _student_pipeline(pipe: Any, family: Family, network: nn.Module, scheduler: SchedulerMixin, sampler: FewStepSampler) -> Any:
+    """A pipeline of the class of `pipe` that shares every other component with it."""
+    accepted = inspect.signature(type(pipe).__init__).parameters
+    options = {name: pipe.config[name] for name in accepted if name in pipe.config and name not in pipe.components}
+    trained = {"timesteps": list(sampler.timesteps), "num_inference_steps": len(sampler.timesteps), "guidance_scale": 1.0}
+    options |= {name: value for name, value in trained.items() if name in accepted}  # pipelines that carry their call's defaults
+    return type(pipe)(**{**pipe.components, family.component: network, "scheduler": scheduler}, **options)
+
+
+def _is_custom(pipe: Any) -> bool:
+    """Whether the pipeline's class is not diffusers' own, so that its file travels in the folder and must be trusted on loading."""
+    module: str = type(pipe).__module__
+    return module.split(".")[0] != "diffusers"
+
+
+def _call(family: Family, sampler: FewStepSampler, scheduler: Any) -> dict[str, Any]:
+    call = family.pipeline_call(sampler.timesteps, scheduler.config.num_train_timesteps)
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        call.pop("timesteps", None)  # DDIM takes the number of steps alone, and `student_scheduler` saw to it that they are these
+    return call
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()):
+        raise reject("output folder", str(folder), f"an empty or new folder, or a previous export (with {MARKER}), is needed")
+
+
+def _require_export(folder: Path) -> None:
+    if not (folder / MARKER).is_file():
+        raise reject("folder", str(folder), f"an exported student (with {MARKER}) is needed")
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    previous = temporary.with_suffix(".previous")
+    if folder.exists():
+        folder.rename(previous)
+    temporary.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def verify_export(
+    folder: str | Path,
+    *,
+    student: Denoiser,
+    sampler: FewStepSampler,
+    family: Family,
+    pipe: Any,
+    conditions: Sequence[Any],
+    seed: int = 0,
+    atol: float = 1e-6,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Sample the folder with plain diffusers in a fresh process and compare with `sampler` on `student`, at the same noise.
+
+    All noise comes from the global generator after `torch.manual_seed(seed)`, because some pipelines (SD3) do not hand theirs
+    to the scheduler. The fresh process runs in float32 and cannot import this package.
+
+    Args:
+        student: the network that was exported; its LoRA adapters may be unmerged.
+        atol: largest difference accepted, of images in [0, 1], and of x0 relative to its largest magnitude where that is over 1.
+            x0 is compared besides because clamping hides differences: an untrained epsilon network amplifies its rounding
+            by 1 / alpha (about 15 at t = 999 of Stable Diffusion) into an x0 of that size.
+        trust_remote_code: needed where the folder holds its own `pipeline.py`, whose code then runs.
+
+    Returns:
+        {"max_difference", "x0_difference", "timesteps", "network_calls"}, the last two as the network saw them.
+
+    Raises:
+        InputError: when the folder does not load or run.
+        RuntimeError: with the numbers, when timesteps, network calls or results are not those of `sampler`.
+    """
+    folder = Path(folder).absolute()
+    _require_export(folder)
+    wanted_x0, wanted = _own_samples(folder, student, sampler, family, pipe, conditions, seed)
+    request = {"folder": str(folder), "trust_remote_code": trust_remote_code, "component": family.component, "seed": seed}
+    request |= {"condition": family.condition_argument(conditions), "device": str(pipe.device), "threads": torch.get_num_threads()}
+    x0, images, record = _fresh_process(request)
+    if record["foreign"]:
+        raise RuntimeError(f"export: the fresh process imported {record['foreign']}")
+    timesteps = [call["timestep"] for call in record["calls"]]
+    # sigmas travel in float32: a timestep such as 333.33 comes back with an error in its last place
+    if len(timesteps) != len(sampler.timesteps) or not np.allclose(timesteps, sampler.timesteps, rtol=1e-6, atol=0):
+        raise RuntimeError(f"export: the network was called at {timesteps}; the student was trained at {list(sampler.timesteps)}")
+    if any(call["batch"] != len(conditions) for call in record["calls"]):
+        batches = [call["batch"] for call in record["calls"]]
+        raise RuntimeError(f"export: the network saw batches of {batches} for {len(conditions)} images; guidance is on")
+    difference = _largest(images - wanted)
+    x0_difference = _largest(x0 - wanted_x0) / max(1.0, _largest(wanted_x0))
+    if not (difference <= atol and x0_difference <= atol):  # true of NaN as well
+        raise RuntimeError(f"export: images differ by {difference:.3g}, x0 by {x0_difference:.3g} of its size; accepted: {atol:g}")
+    return {"max_difference": difference, "x0_difference": x0_difference, "timesteps": timesteps, "network_calls": len(timesteps)}
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max())
+
+
+@torch.no_grad()
+def _own_samples(
+    folder: Path, student: Denoiser, sampler: FewStepSampler, family: Family, pipe: Any, conditions: Sequence[Any], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """x0 and images in [0, 1], both (B, ...), drawn by the toolkit's sampler."""
+    dtype = getattr(torch, json.loads((folder / MARKER).read_text(encoding="utf-8"))["dtype"])
+    model = student.model if dtype == torch.float32 else merged(student.model, dtype).float()
+    training = model.training
+    model.eval()
+    plain = Denoiser(model, student.schedule, student.prediction_type, family)  # without autocast
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        noise = torch.randn(len(conditions), *family.sample_shape(pipe), device=pipe.device)
+        x0 = sampler.sample(plain, noise, family.encode_conditions(pipe, conditions), torch.randn_like)
+    model.train(training)
+    images = family.decode(pipe, x0).div(2).add(0.5).clamp(0, 1)
+    return x0.float().cpu().numpy(), images.float().cpu().numpy()
+
+
+def _fresh_process(request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    script = Path(__file__).with_name("export_child.py")
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name)
+        (output / "request.json").write_text(json.dumps(request | {"output": name}))
+        environment = os.environ | {"HF_MODULES_CACHE": str(output / "modules"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-I", str(script), str(output / "request.json")]
+        done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise InputError(f"export: {request['folder']!r} does not run with plain diffusers: {reason}")
+        record = json.loads((output / "record.json").read_text())
+        return np.load(output / "x0.npy"), np.load(output / "images.npy"), record
+
+
+def push_to_hub(folder: str | Path, repo_id: str) -> str:
+    """Upload an exported folder to the Hugging Face Hub, creating the repository where it is missing; its address.
+
+    Raises:
+        InputError: when the folder is not an export, or nobody is logged in.
+    """
+    _require_export(Path(folder))
+    token = huggingface_hub.get_token()
+    if token is None:
+        raise InputError("push_to_hub: no Hugging Face token found; run `hf auth login` or set HF_TOKEN")
+    api = huggingface_hub.HfApi(token=token)
+    address = api.create_repo(repo_id, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=str(folder))
+    return str(address)

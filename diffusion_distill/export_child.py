@@ -1,0 +1,78 @@
+"""Runs an exported folder with plain diffusers in a process of its own, and records what happened.
+
+A script, started by `export.verify_export` as `python -I export_child.py request.json`. The request holds: folder,
+trust_remote_code, component (name of the denoising network), condition (keyword arguments), seed, device, threads, output (folder).
+"""
+
+import functools
+import importlib.abc
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FORBIDDEN = "diffusion_distill"
+
+
+class _Blocked(importlib.abc.MetaPathFinder):
+    """Makes importing the toolkit fail, so that nothing of it can be behind a result."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.split(".")[0] == FORBIDDEN:
+            raise ImportError(f"an exported folder must work without {FORBIDDEN}")
+
+
+def record_network(network: Any, calls: list[dict[str, Any]]) -> None:
+    """Append {"timestep", "batch"} to `calls` whenever `network` runs."""
+    signature = inspect.signature(network.forward)
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        timestep = given["timestep"]
+        t = float(timestep if isinstance(timestep, int | float) else timestep.double().flatten()[0])
+        calls.append({"timestep": t, "batch": len(next(iter(given.values())))})
+
+    network.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def record_last_step(scheduler: Any, last: dict[str, Any]) -> None:
+    """Keep the last output of `scheduler.step`, the final x0, in `last`."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at the signature
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        last["x0"] = result[0]
+        return result
+
+    scheduler.step = recorded
+
+
+def main(request: dict[str, Any]) -> None:
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+
+    torch.set_num_threads(request["threads"])
+    folder = request["folder"]
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=request["trust_remote_code"])
+    pipe.to(request["device"], torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    call = json.loads(Path(folder, "distillation.json").read_text())["call"]
+    calls: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
+    record_network(getattr(pipe, request["component"]), calls)
+    record_last_step(pipe.scheduler, last)
+    torch.manual_seed(request["seed"])
+    images = pipe(**request["condition"], **call, output_type="pt").images
+    output = Path(request["output"])
+    np.save(output / "images.npy", images.float().cpu().numpy())
+    np.save(output / "x0.npy", last["x0"].float().cpu().numpy())
+    foreign = [name for name in sys.modules if name.split(".")[0] == FORBIDDEN]
+    (output / "record.json").write_text(json.dumps({"calls": calls, "foreign": foreign}))
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _Blocked())
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,62 @@
+"""What the toolkit must know about one family of diffusers pipelines, and nothing that belongs to a training method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+Cond = dict[str, Tensor]  # network inputs besides x_t and t, batch dimension first
+
+
+class Family(ABC):
+    """Adapter of one family: one small file, one line in the registry, one row in the tests."""
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]  # pipeline class names that this adapter serves
+    component: ClassVar[str]  # attribute of the pipeline that holds the denoising network
+    lora_targets: ClassVar[tuple[str, ...]]  # peft `target_modules`
+
+    @abstractmethod
+    def call(self, model: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Raw network output (B, ...) at x_t (B, ...) and t (B,), in the pipeline's convention of time and sign."""
+
+    @abstractmethod
+    def taps(self, model: nn.Module) -> list[nn.Module]:
+        """Modules whose outputs serve a discriminator, in the order in which the network runs them."""
+
+    @abstractmethod
+    def sample_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, ...]:
+        """Shape of one x0 without the batch dimension, for images of `resolution` pixels (None: the pipeline's own)."""
+
+    def image_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, int]:
+        """(channels, pixels of a side) of the images that `encode_images` takes; latent families take RGB."""
+        return 3, self.sample_shape(pipe, resolution)[-1] * pipe.vae_scale_factor
+
+    @abstractmethod
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+        """Network inputs for a list of prompts or class labels."""
+
+    @abstractmethod
+    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
+        """Network inputs for classifier-free guidance, as the teacher was trained with them."""
+
+    @abstractmethod
+    def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:
+        """One float vector a sample, (B, D), for a conditional discriminator."""
+
+    @abstractmethod
+    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
+        """x0 (B, ...) of images (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], unclamped, from x0 (B, ...)."""
+
+    @abstractmethod
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
+        """Keyword arguments with which the exported pipeline visits exactly `timesteps`, guidance off."""
+
+    @abstractmethod
+    def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
+        """The same prompts or class labels as the pipeline's own keyword argument."""

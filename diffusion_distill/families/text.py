@@ -1,0 +1,32 @@
+"""What the text-to-image families share: prompts, and the pipeline's own arguments for them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import reject
+
+
+def prompts_of(conditions: Sequence[Any]) -> list[str]:
+    """`conditions` as a list of prompts.
+
+    Raises:
+        InputError: when one of them is not a string, or when they are one string instead of a list.
+    """
+    if isinstance(conditions, str) or not conditions:
+        raise reject("prompt", conditions, "a list of at least one prompt is needed")
+    for prompt in conditions:
+        if not isinstance(prompt, str):
+            raise reject("prompt", prompt, "a string is needed")
+    return list(conditions)
+
+
+def integer_timesteps(timesteps: Sequence[float]) -> list[int]:
+    """The timesteps as integers, which is what the few-step schedulers of the UNet pipelines take.
+
+    Raises:
+        InputError: when one of them has a fraction.
+    """
+    for t in timesteps:
+        if t != int(t):
+            raise reject("timesteps", t, "the exported UNet pipelines visit integer timesteps only")
+    return [int(t) for t in timesteps]

@@ -1,0 +1,171 @@
+"""DMD2: improved distribution matching distillation (Yin et al., arXiv:2405.14867)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+from ..discriminators import DISCRIMINATORS
+from ..errors import reject
+from ..families import Cond
+from ..losses import discriminator_loss, distribution_matching_direction, generator_loss, surrogate
+from ..networks import Networks
+from ..sampler import FewStepSampler, uniform_timesteps
+from ..schedule import NoiseSchedule
+from ..score_distillation import agreement, approximate_r1, denoising_score_matching, real_and_fake
+from .base import Batch, Loss, Method, Update
+
+
+@dataclass
+class DMD2(Method):
+    """Distribution matching with a fake score on its own time scale, a GAN term and backward simulation.
+
+    The student descends KL(student || teacher) at random noise levels (eq. 2); the fake score follows the student's samples
+    at every step, the student at every `student_update_interval`-th (sec. 4.2); the GAN term learns from real images
+    (sec. 4.3, `gan_weight` 0 needs none); inputs of inner steps are the student's own (sec. 4.5). Defaults are the paper's
+    four-step SDXL run.
+    """
+
+    copies: ClassVar = ("student", "fake_score")
+
+    num_inference_steps: int = 4
+    """Network calls of the student."""
+    timesteps: tuple[float, ...] = ()
+    """Timesteps the student visits, from noise to data. Empty: evenly spaced. One step at an inner timestep: (399,)."""
+    timestep_shift: float = 1.0
+    """Shift of the evenly spaced timesteps towards noise; flow matching only."""
+    sampling: Literal["sde", "ode"] = "sde"
+    """Between two steps: re-noise the predicted x0 (the paper) or carry the predicted noise along."""
+    guidance_scale: float = 8.0
+    """Classifier-free guidance of the teacher; 1 is off. The student and the fake score are never guided."""
+    student_update_interval: int = 5
+    """The student trains at every k-th step, the fake score at all of them."""
+    min_level: float = 0.02
+    """Cleanest noise level of the distribution-matching loss, as a fraction of the schedule."""
+    max_level: float = 0.98
+    """Noisiest noise level of the distribution-matching loss, as a fraction of the schedule."""
+    fake_score_loss: Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"] = "network"
+    """Space of the fake score's squared error; `network` is the space that the network predicts in."""
+    fake_score_learning_rate: float | None = None
+    """Learning rate of the fake score. None: the student's."""
+    normalizer_floor: float = 1e-6
+    """Smallest value of the per-sample normaliser mean|x0 - real|."""
+    gan_weight: float = 5e-3
+    """Weight of the GAN term in the student's loss. 0 trains without images."""
+    gan_weighting: Literal["fixed", "relative"] = "fixed"
+    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's."""
+    discriminator: Literal["fake_score", "teacher", "own"] = "fake_score"
+    """Heads on the fake score's middle block (the paper), on the teacher's, or a small network of its own."""
+    discriminator_weight: float = 1e-2
+    """Weight of the discriminator's loss beside the fake score's."""
+    discriminator_learning_rate: float | None = None
+    """Learning rate of the discriminator. None: the fake score's."""
+    max_gan_level: float = 1.0
+    """Noisiest level at which the discriminator looks, as a fraction of the schedule."""
+    r1_weight: float = 0.0
+    """Weight of the approximate R1 penalty on the discriminator at real images."""
+    r1_std: float = 0.1
+    """Standard deviation of the perturbation in the approximate R1 penalty."""
+
+    def __post_init__(self) -> None:
+        self.timesteps = tuple(self.timesteps)
+        if not 0 <= self.min_level < self.max_level <= 1:
+            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
+        if not 0 < self.max_gan_level <= 1:
+            raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
+        for name in ("num_inference_steps", "student_update_interval"):
+            if getattr(self, name) < 1:
+                raise reject(name, getattr(self, name), "at least 1")
+        for name in ("gan_weight", "discriminator_weight", "r1_weight"):
+            if getattr(self, name) < 0:
+                raise reject(name, getattr(self, name), "0 or more")
+        if self.discriminator not in DISCRIMINATORS:
+            raise reject("discriminator", self.discriminator, "accepted: " + ", ".join(DISCRIMINATORS))
+
+    @property
+    def needs_images(self) -> bool:
+        return self.gan_weight > 0
+
+    def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
+        timesteps = self.timesteps or uniform_timesteps(schedule, self.num_inference_steps, self.timestep_shift)
+        return FewStepSampler(timesteps, self.sampling)
+
+    def extra_networks(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, nn.Module]:
+        return {"discriminator": DISCRIMINATORS[self.discriminator](teacher, x_t, t, cond)} if self.needs_images else {}
+
+    def learning_rate(self, role: str) -> float | None:
+        if role == "discriminator" and self.discriminator_learning_rate is not None:
+            return self.discriminator_learning_rate
+        return None if role == "student" else self.fake_score_learning_rate
+
+    def updates(self, step: int) -> Iterator[Update]:
+        if step % self.student_update_interval == 0:
+            yield ("student",), self.student_loss
+        yield ("fake_score", "discriminator") if self.needs_images else ("fake_score",), self.critic_loss
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Loss:
+        x0 = self.generate(nets, batch)
+        batch.carried["x0"] = x0.detach()
+        level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
+        t = nets.teacher.schedule.timestep(level)
+        x_t = nets.teacher.schedule.add_noise(x0.detach(), batch.random.normal_like(x0), t)
+        real, fake = real_and_fake(nets.teacher, nets.fake_score, x_t, t, batch.cond, batch.uncond, self.guidance_scale)
+        direction = distribution_matching_direction(x0.detach(), real.x0, fake.x0, self.normalizer_floor)
+        logs = agreement(x0, real.x0, fake.x0)
+        if self.needs_images:
+            gan, gan_direction = self.gan_direction(nets, x0, batch)
+            scale = direction.norm() / gan_direction.norm().clamp(min=1e-12) if self.gan_weighting == "relative" else 1
+            direction = direction + self.gan_weight * scale * gan_direction
+            logs["gan"] = gan
+        return surrogate(x0, direction), logs
+
+    def gan_direction(self, nets: Networks, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The GAN loss of x0 (B, ...) and its gradient in the scale of `surrogate`'s direction, (B, ...)."""
+        with torch.enable_grad():
+            leaf = x0.detach().requires_grad_(True)
+            loss = generator_loss(self.discriminate(nets, leaf, batch)[0])
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0] * leaf.numel()
+
+    def critic_loss(self, nets: Networks, batch: Batch) -> Loss:
+        x0 = batch.carried.pop("x0", None)
+        if x0 is None:
+            with torch.no_grad():
+                x0 = self.generate(nets, batch)
+        t = nets.fake_score.schedule.timestep(batch.random.uniform())
+        space = None if self.fake_score_loss == "network" else self.fake_score_loss
+        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond, space)
+        if not self.needs_images:
+            return loss, {"denoising": loss.detach()}
+        gan, logs = self.discriminator_loss(nets, x0, batch)
+        return loss + self.discriminator_weight * gan, {"denoising": loss.detach(), **logs}
+
+    def discriminator_loss(self, nets: Networks, x0: Tensor, batch: Batch) -> Loss:
+        assert batch.x0 is not None
+        fake_logits, _, _ = self.discriminate(nets, x0, batch)
+        real_logits, x_t, t = self.discriminate(nets, batch.x0, batch)
+        loss = discriminator_loss(real_logits, fake_logits)
+        logs = {"discriminator": loss.detach(), "accuracy": torch.cat([real_logits > 0, fake_logits < 0]).float().mean()}
+        if self.r1_weight:
+            perturbed = nets.discriminator(nets, x_t + self.r1_std * batch.random.normal_like(x_t), t, batch.cond)
+            loss = loss + self.r1_weight / self.r1_std**2 * approximate_r1(real_logits, perturbed)
+        return loss, logs
+
+    def discriminate(self, nets: Networks, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B,) of x0 (B, ...) diffused with its own noise to its own timestep, and that x_t and t."""
+        schedule = nets.teacher.schedule
+        t = schedule.timestep(self.max_gan_level * batch.random.uniform())
+        x_t = schedule.add_noise(x0, batch.random.normal_like(x0), t)
+        return nets.discriminator(nets, x_t, t, batch.cond), x_t, t
+
+    def generate(self, nets: Networks, batch: Batch) -> Tensor:
+        """Backward simulation: x0 (B, ...) at a random rung of the student's own trajectory, gradient in the last call only."""
+        sampler = self.sampler(nets.student.schedule)
+        noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
+        rung = batch.random.shared_integer(len(sampler.timesteps))
+        with torch.no_grad():
+            x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
+        x0: Tensor = nets.student(x_t, t, batch.cond).x0
+        return x0

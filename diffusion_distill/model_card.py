@@ -1,0 +1,82 @@
+"""README.md of an exported student."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+
+def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline: bool) -> str:
+    """Python code that samples the student as it was trained; it runs as it stands inside the exported folder."""
+    options = ", trust_remote_code=True" if custom_pipeline else ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in [*condition.items(), *call.items()])
+    return "\n".join(
+        [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("."{options})  # "." is this folder; its name on the Hub works as well',
+            f"images = pipe({arguments}).images",
+            'images[0].save("sample.png")',
+        ]
+    )
+
+
+def model_card(record: Mapping[str, Any], code: str, samples: str | None = None, captions: Sequence[Any] = ()) -> str:
+    """The text of the card.
+
+    Args:
+        record: what `distillation.json` holds.
+        code: what `usage` returned.
+        samples: file name of the picture of samples, if there is one.
+        captions: its conditions, row by row.
+    """
+    teacher = str(record["teacher"]) if record.get("teacher") else None
+    local = teacher is not None and (Path(teacher).exists() or teacher.count("/") != 1)
+    data = ModelCardData(
+        base_model=None if local else teacher,
+        library_name="diffusers",
+        license=record.get("license"),
+        pipeline_tag="text-to-image" if "prompt" in code else None,
+        tags=["diffusion-distill", "distillation", "few-step"],
+    )
+    name = Path(teacher).name if teacher and local else teacher
+    steps = record["num_inference_steps"]
+    calls = "one network call" if steps == 1 else f"{steps} network calls"
+    method = f" with {record['method']}" if record.get("method") else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {steps}-step student of {name or 'a diffusion model'}",
+        f"Distilled{method} by diffusion-distill. An image takes {calls} and no guidance.",
+        f"## Use\n```python\n{code}\n```",
+        "These arguments belong to the model: other timesteps, step counts or guidance are not what it was trained for.",
+        _sampling(record),
+        _table("Metrics", record.get("metrics")),
+        _table("Training", record.get("hyper_parameters")),
+        f"## Samples\n![samples]({samples})\n\n{_captions(captions)}".rstrip() if samples else "",
+        _versions(record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sampling(record: Mapping[str, Any]) -> str:
+    words = {"sde": "predict x0, then add fresh noise", "ode": "deterministic"}
+    grid = ", ".join(f"{t:g}" for t in record["timesteps"])
+    return f"## Sampling\nTimesteps {grid}; {record['sampling']} ({words[record['sampling']]}); scheduler `{record['scheduler']}`."
+
+
+def _captions(captions: Sequence[Any]) -> str:
+    return "From left to right, top to bottom: " + "; ".join(map(str, captions)) if captions else ""
+
+
+def _table(title: str, values: Mapping[str, Any] | None) -> str:
+    if not values:
+        return ""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return f"## {title}\n| | |\n|---|---|\n{rows}"
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items() if version)
+    commit = f"Commit {record['commit']}. " if record.get("commit") else ""
+    return f"## Versions\n{commit}{packages}".rstrip() if commit or packages else ""

@@ -1,0 +1,88 @@
+"""Settings of the training loop. Names follow diffusers' training scripts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InputError, reject
+
+
+@dataclass
+class TrainConfig:
+    output_dir: str = "outputs/run"
+    """Folder of the run: run.json, metrics.jsonl, samples/, checkpoint-N/, student/."""
+    seed: int = 0
+    """Every random number of the run derives from it."""
+    max_train_steps: int = 1000
+    """Optimizer steps, counted in turns of the fastest network (the fake score, where there is one)."""
+    train_batch_size: int = 4
+    """Samples per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of the student, and of every network that the method gives none of its own."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    """Learning-rate schedule over `max_train_steps`, as diffusers defines it."""
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    adam_beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """AdamW: weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW: added to the denominator."""
+    max_grad_norm: float = 10.0
+    """Largest gradient norm of each network; larger ones are scaled down."""
+    ema_decay: float = 0.0
+    """Decay of the student's moving average (float32), which is then what is sampled and exported. 0: none."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """bf16 runs networks under autocast and keeps the frozen teacher in bfloat16. None: as `accelerate launch` says."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapter that trains in place of the weights. 0: full training."""
+    lora_alpha: int | None = None
+    """Scale of the LoRA adapter. None: the rank."""
+    checkpointing_steps: int = 500
+    """Steps between two checkpoints; 0 writes one at the end only."""
+    checkpoints_total_limit: int | None = None
+    """Newest checkpoints to keep. None: all."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or the path of a checkpoint."""
+    logging_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    validation_steps: int = 0
+    """Steps between two sample grids at fixed noise; 0: at the end only."""
+    num_validation_images: int = 16
+    """Images in a sample grid."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts (or class labels) of the sample grids. Empty: the first of the data set."""
+    report_to: str = ""
+    """Trackers besides metrics.jsonl, comma-separated: tensorboard, wandb, trackio, or any other that accelerate knows."""
+    tracker_project_name: str = "diffusion-distill"
+    """Project name in the tracker."""
+    push_to_hub: bool = False
+    """Upload the exported student."""
+    hub_model_id: str | None = None
+    """Repository to upload to. None: the name of `output_dir`."""
+
+    def __post_init__(self) -> None:
+        self.validation_prompts = tuple(self.validation_prompts)
+        if self.mixed_precision == "fp16":
+            raise InputError(FP16_REFUSED)
+        at_least = {"max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
+        at_least |= {"lora_rank": 0, "checkpointing_steps": 0, "validation_steps": 0, "num_validation_images": 1, "lr_warmup_steps": 0}
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise reject(name, getattr(self, name), f"{minimum} or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise reject(name, getattr(self, name), "a number above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise reject("ema_decay", self.ema_decay, "0 (none) or a decay below 1")
+
+
+FP16_REFUSED = (
+    "mixed_precision: got 'fp16'; use bf16 or no: fp16 needs a loss scale for each network, and accelerate shares one among all optimizers"
+)

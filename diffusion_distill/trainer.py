@@ -1,0 +1,326 @@
+"""The one training loop. It knows turns, roles and losses, and no method."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from . import parallel
+from .build import build_networks, teacher_denoiser
+from .checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, resolve_checkpoint, save_checkpoint
+from .config import difference, to_mapping
+from .data import GlobalBatchSampler, batches
+from .ema import EMA
+from .errors import InputError, reject
+from .families import Cond, family_of
+from .images import save_grid
+from .methods import Batch, Method
+from .optim import build_optimizer, learning_rate_factor
+from .provenance import provenance, write_json
+from .random import SampleRandom, derive_seed
+from .sampler import ode_sample, uniform_timesteps
+from .train_config import FP16_REFUSED, TrainConfig
+
+MAY_CHANGE_ON_RESUME = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "validation_steps",
+    "num_validation_images",
+    "validation_prompts",
+    "report_to",
+    "tracker_project_name",
+    "push_to_hub",
+    "hub_model_id",
+    "dataloader_num_workers",
+}
+VALIDATION, TURN = 1, 2  # first keys of the random streams
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient stopped being a number; nothing was stepped with it."""
+
+
+class Trainer:
+    """Trains the student of `method` from the pipeline `pipe`.
+
+    Args:
+        pipe: a diffusers pipeline; its denoising network becomes the frozen teacher.
+        method: what to train, and how.
+        config: settings of the loop.
+        dataset: items {"condition": prompt or class label, "image": (C, H, W) in [-1, 1] if `method.needs_images`}.
+        resolution: pixels of the student's samples. None: the pipeline's own.
+        settings: what else belongs into run.json (teacher, data).
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        method: Method,
+        config: TrainConfig,
+        dataset: Dataset[Any],
+        resolution: int | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.method, self.config, self.dataset, self.pipe = method, config, dataset, pipe
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = _accelerator(config)
+        config.mixed_precision = config.mixed_precision or self.accelerator.mixed_precision
+        if config.mixed_precision == "fp16":
+            raise InputError(FP16_REFUSED)
+        self.device = self.accelerator.device
+        pipe.to(self.device)
+        self.family = family_of(pipe)
+        teacher = teacher_denoiser(pipe)
+        self.sampler = method.sampler(teacher.schedule)
+        self.sampler.validate(teacher.schedule, teacher.prediction_type)
+        self.sample_shape = self.family.sample_shape(pipe, resolution)
+        self.settings = to_mapping(method, config) | (settings or {})
+        self._claim_output_dir()
+        self.nets = build_networks(pipe, method, config, self.sample_shape)
+        self.optimizers = {role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained}
+        self.lr_factor = learning_rate_factor(config)
+        self.ema = EMA(self.nets.parameters("student"), config.ema_decay) if config.ema_decay else None
+        self.step = 0
+        if config.resume_from_checkpoint:
+            self.load(resolve_checkpoint(self.output_dir, config.resume_from_checkpoint))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return self.nets.trained_roles
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps * parallel.world_size()
+
+    def train(self) -> None:
+        """Run to `max_train_steps`, then write the last checkpoint and sample grid."""
+        config = self.config
+        if self.accelerator.is_main_process:
+            self._start_log()
+        if config.report_to:
+            self.accelerator.init_trackers(config.tracker_project_name, {k: str(v) for k, v in self.settings.items()})
+        progress = tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=not self.accelerator.is_local_main_process)
+        logs: dict[str, Tensor] = {}
+        started, first = time.perf_counter(), self.step
+        for micro_batches in self._data():
+            logs |= self.train_step([self._batch(b) for b in micro_batches])
+            progress.update()
+            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                rate = (self.step - first) / (time.perf_counter() - started)
+                progress.set_postfix(self._log(logs, rate))
+                logs = {}
+            if self._due(config.validation_steps):
+                self.save_samples()
+            if self._due(config.checkpointing_steps):
+                self.save()
+        progress.close()
+        if config.report_to:
+            self.accelerator.end_training()
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One optimizer step on the micro-batches of this rank: every turn of the method in order."""
+        logs: dict[str, Tensor] = {}
+        for turn, (roles, loss_fn) in enumerate(self.method.updates(self.step)):
+            with self.nets.only_trains(roles):
+                for batch in micro_batches:
+                    batch.random = SampleRandom((self.config.seed, TURN, self.step, turn), batch.random.slots, self.device)
+                    torch.manual_seed(derive_seed(self.config.seed, TURN, self.step, turn, batch.random.slots[0]))  # dropout
+                    loss, extra = loss_fn(self.nets, batch)
+                    (loss / len(micro_batches)).backward()
+                    for name, value in {"loss": loss.detach(), **extra}.items():
+                        key = f"{roles[0]}/{name}"
+                        logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
+            logs |= {f"{role}/grad_norm": self._optimize(role) for role in roles}
+            if "student" in roles and self.ema:
+                self.ema.update()
+        self.step += 1
+        return logs
+
+    def _optimize(self, role: str) -> Tensor:
+        parameters = list(self.nets.parameters(role).values())
+        parallel.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"step {self.step}: the gradient of {role!r} is {norm.item()}; nothing was stepped, the last checkpoint is sound. "
+                "Lower the learning rate, or raise the precision."
+            )
+        optimizer = self.optimizers[role]
+        optimizer.param_groups[0]["lr"] = self._base_rate(role) * self.lr_factor(self.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _base_rate(self, role: str) -> float:
+        return self.method.learning_rate(role) or self.config.learning_rate
+
+    def _data(self) -> Iterator[list[dict[str, Any]]]:
+        sampler = GlobalBatchSampler(len(self.dataset), self.global_batch_size, self.config.seed)  # type: ignore[arg-type]
+        return batches(
+            self.dataset,
+            sampler,
+            rank=parallel.rank(),
+            world_size=parallel.world_size(),
+            accumulation=self.config.gradient_accumulation_steps,
+            start_step=self.step,
+            stop_step=self.config.max_train_steps,
+            num_workers=self.settings.get("dataloader_num_workers", 0),
+        )
+
+    @torch.no_grad()
+    def _batch(self, raw: dict[str, Any]) -> Batch:
+        image = raw.get("image")
+        cond, uncond = self._conditions(raw["condition"])
+        x0 = None if image is None else self.family.encode_images(self.pipe, image.to(self.device))
+        if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:
+            raise reject("resolution", tuple(x0.shape[1:]), f"the student samples {self.sample_shape}; set the same resolution for both")
+        return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0)
+
+    def _conditions(self, conditions: Sequence[Any]) -> tuple[Cond, Cond]:
+        return self.family.encode_conditions(self.pipe, conditions), self.family.unconditional(self.pipe, len(conditions))
+
+    def _due(self, interval: int) -> bool:
+        return self.step == self.config.max_train_steps or (interval > 0 and self.step % interval == 0)
+
+    # ------------------------------------------------------------------ samples
+
+    @torch.no_grad()
+    def sample(self, conditions: Sequence[Any], seed: int = 0) -> Tensor:
+        """The student's images (B, C, H, W) in [-1, 1] at its moving average; fixed noise for a fixed `seed`."""
+        random = self._validation_random(len(conditions), seed)
+        noise = random.normal((len(conditions), *self.sample_shape))
+        with self.student_weights():
+            x0 = self.sampler.sample(self.nets.student, noise, self._conditions(conditions)[0], random.normal_like)
+        return self.family.decode(self.pipe, x0)
+
+    @torch.no_grad()
+    def teacher_sample(self, conditions: Sequence[Any], seed: int = 0, steps: int = 50) -> Tensor:
+        """The unguided teacher's images at the same noise."""
+        noise = self._validation_random(len(conditions), seed).normal((len(conditions), *self.sample_shape))
+        teacher = self.nets.teacher
+        x0 = ode_sample(teacher, noise, self._conditions(conditions)[0], uniform_timesteps(teacher.schedule, steps))
+        return self.family.decode(self.pipe, x0)
+
+    def student_weights(self) -> Any:
+        """Context in which the student holds what is exported: its moving average, if there is one."""
+        return self.ema.applied() if self.ema else torch.no_grad()
+
+    def validation_conditions(self) -> list[Any]:
+        """`num_validation_images` conditions for sample grids."""
+        given: Sequence[Any] = self.config.validation_prompts
+        if not given:
+            count = min(len(self.dataset), self.config.num_validation_images)  # type: ignore[arg-type]
+            given = [self.dataset[i]["condition"] for i in range(count)]
+        return [given[i % len(given)] for i in range(self.config.num_validation_images)]
+
+    def save_samples(self) -> None:
+        """Write samples/step_N.png (and samples/teacher.png, once) from the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.output_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        conditions = self.validation_conditions()
+        if not (folder / "teacher.png").exists():
+            save_grid(self.teacher_sample(conditions), folder / "teacher.png")
+        save_grid(self.sample(conditions), folder / f"step_{self.step:06d}.png")
+
+    def _validation_random(self, count: int, seed: int) -> SampleRandom:
+        return SampleRandom((self.config.seed, VALIDATION, seed), range(count), self.device)
+
+    # ------------------------------------------------------------------ logs
+
+    def _log(self, logs: dict[str, Tensor], rate: float) -> dict[str, str]:
+        values = parallel.average_scalars(logs)
+        values |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in self.optimizers.items()}
+        values["steps_per_second"] = rate
+        if self.accelerator.is_main_process:
+            with (self.output_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step} | values) + "\n")
+        if self.config.report_to:
+            self.accelerator.log(values, step=self.step)
+        return {name: f"{values[name]:.3g}" for name in values if name.endswith("/loss")}
+
+    def _start_log(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        run = {"method": type(self.method).__name__, "settings": self.settings, "world_size": parallel.world_size()}
+        run |= {"sampler": self.sampler.as_dict(), "device": str(self.device), **provenance()}
+        write_json(self.output_dir / "run.json", run)
+        path = self.output_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def _claim_output_dir(self) -> None:
+        if not self.config.resume_from_checkpoint and (self.output_dir / "run.json").exists():
+            raise reject(
+                "output_dir",
+                str(self.output_dir),
+                "it already holds a run; choose another folder, or continue that run with --resume_from_checkpoint latest",
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Write checkpoint-N: weights, optimizers, moving average and position. No random state: it derives from the step."""
+        if self.accelerator.is_main_process:
+            tensors: dict[str, dict[str, Tensor]] = {}
+            scalars = {}
+            for role in self.trained:
+                parameters = self.nets.parameters(role)
+                tensors[role] = {name: p.detach() for name, p in parameters.items()}
+                tensors[f"{role}.optimizer"], scalars[role] = optimizer_tensors(self.optimizers[role], list(parameters))
+            if self.ema:
+                tensors["student.ema"] = self.ema.average
+            state = {"step": self.step, "optimizers": scalars, "ema_updates": self.ema.updates if self.ema else 0}
+            state |= {"settings": self.settings, "method": type(self.method).__name__, "world_size": parallel.world_size()}
+            save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            InputError: for a damaged checkpoint, or one whose settings differ in anything that changes the result.
+        """
+        tensors, state = load_checkpoint(path, self.device)
+        may_change = MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
+        stored, now = state["settings"] | {"method": state["method"]}, self.settings | {"method": type(self.method).__name__}
+        changed = [line for line in difference(stored, now) if line.split(":")[0] not in may_change]
+        if state["world_size"] != parallel.world_size():
+            changed.append(f"number of processes: stored {state['world_size']}, now {parallel.world_size()}")
+        if changed:
+            raise InputError(f"resume_from_checkpoint: {path} belongs to a run with other settings ({'; '.join(changed)})")
+        for role in self.trained:
+            parameters = self.nets.parameters(role)
+            for name, p in parameters.items():
+                p.copy_(tensors[role][name])
+            load_optimizer_tensors(self.optimizers[role], list(parameters), tensors[f"{role}.optimizer"], state["optimizers"][role])
+        if self.ema:
+            self.ema.updates = state["ema_updates"]
+            for name, average in self.ema.average.items():
+                average.copy_(tensors["student.ema"][name])
+        self.step = state["step"]
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerator with the trackers of `report_to`; accelerate alone would drop those whose package is missing."""
+    wanted = [name.strip() for name in config.report_to.split(",") if name.strip()]
+    try:
+        accelerator = Accelerator(log_with=wanted or None, project_dir=config.output_dir)
+    except ValueError as error:
+        raise reject("report_to", config.report_to, str(error)) from error
+    missing = set(wanted) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with} - {"all"}
+    if missing:
+        raise reject("report_to", config.report_to, f"install the package of {', '.join(sorted(missing))} first")
+    return accelerator

@@ -1,0 +1,131 @@
+"""Images from a class-conditional diffusers pipeline, each determined by its noise seed and index alone."""
+
+import contextlib
+import inspect
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from command_line import InputError, reject
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from tqdm import tqdm
+
+DENOISERS = ("unet", "transformer")  # components that can hold a pipeline's denoising network
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, C, H, W) in [0, 1] on the CPU for labels (N,), and what one image cost."""
+
+    images: Tensor
+    labels: Tensor
+    network_evaluations: float  # rows that went through the denoising network, for each image; guidance counts twice
+    seconds: float  # wall time for each image, decoding included
+
+
+def load_pipeline(folder: Path, trust_remote_code: bool, device: str = "auto") -> Any:
+    """The class-conditional pipeline in `folder`, on `device` ("auto": CUDA where there is some).
+
+    Raises:
+        InputError: for a folder without a pipeline, one that brings its own code while `trust_remote_code` is off, or a
+            pipeline that takes no class labels.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise reject("folder", str(folder), "a diffusers pipeline folder with a model_index.json is needed")
+    name = json.loads(index.read_text())["_class_name"]
+    if isinstance(name, list) and not trust_remote_code:
+        raise InputError(f"folder: {folder} brings its own pipeline code ({name[0]}.py); read it and pass --trust_remote_code")
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
+        raise reject("pipeline", type(pipe).__name__, "a pipeline that takes class_labels is needed")
+    denoising_network(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(_device(device))
+
+
+def denoising_network(pipe: Any) -> nn.Module:
+    """The network that a pipeline calls at every step.
+
+    Raises:
+        InputError: where the pipeline has none under a known name.
+    """
+    for name in DENOISERS:
+        if isinstance(pipe.components.get(name), nn.Module):
+            return pipe.components[name]
+    raise reject("pipeline components", sorted(pipe.components), f"one of {', '.join(DENOISERS)} is needed")
+
+
+def balanced_labels(samples: int, classes: int) -> list[int]:
+    """Label i % classes for image i: the classes differ by at most one image, and a shorter list is a prefix of a longer one."""
+    return [i % classes for i in range(samples)]
+
+
+def image_seed(seed: int, index: int) -> int:
+    """Seed of image `index` under noise seed `seed`: 32 well-mixed bits, as many as torch's CPU generator takes."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def generate(
+    pipe: Any,
+    labels: list[int],
+    seed: int,
+    batch_size: int = 250,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress: str | None = None,
+) -> Samples:
+    """One image for each label; image i starts from its own generator, so that the batch size leaves the images alone.
+
+    None for `num_inference_steps` or `guidance_scale` takes the pipeline's own. `progress` names the progress bar; None shows none.
+
+    Raises:
+        InputError: for a batch size below 1, or what the pipeline refuses.
+    """
+    if batch_size < 1:
+        raise reject("batch_size", batch_size, "at least 1")
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    given = {name: value for name, value in settings.items() if value is not None}
+    images: list[Tensor] = []
+    with _count_rows(denoising_network(pipe)) as rows, tqdm(total=len(labels), desc=progress, unit="img", disable=progress is None) as bar:
+        start = time.perf_counter()
+        for first in range(0, len(labels), batch_size):
+            batch = labels[first : first + batch_size]
+            generators = [torch.Generator().manual_seed(image_seed(seed, first + i)) for i in range(len(batch))]
+            images.append(_call(pipe, batch, generators, given))
+            bar.update(len(batch))
+        seconds = time.perf_counter() - start
+    return Samples(torch.cat(images), torch.tensor(labels), sum(rows) / len(labels), seconds / len(labels))
+
+
+def _call(pipe: Any, labels: list[int], generators: list[torch.Generator], given: dict[str, Any]) -> Tensor:
+    try:
+        output = pipe(class_labels=labels, generator=generators, output_type="pt", **given)
+    except ValueError as error:  # how diffusers reports arguments that a pipeline cannot serve
+        raise InputError(f"pipeline: {error}") from error
+    return output.images.float().cpu()
+
+
+@contextlib.contextmanager
+def _count_rows(network: nn.Module) -> Iterator[list[int]]:
+    rows: list[int] = []
+    handle = network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: unknown, or not on this machine
+        raise reject("device", name, "accepted: auto, cpu, or a device that torch finds here") from error

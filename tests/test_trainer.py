@@ -1,0 +1,209 @@
+"""The training loop: what it moves, what it writes, and that stopping, splitting and spreading it change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_pipelines import class_conditional
+
+from diffusion_distill import DMD2, InputError, NonFiniteError, TrainConfig, Trainer
+from diffusion_distill.data import DataConfig, build_dataset
+from diffusion_distill.methods import Method
+
+PROCESSES = ("flow", "v_prediction", "epsilon")
+IMAGE_FREE = DMD2(num_inference_steps=2, guidance_scale=1.0, gan_weight=0.0, student_update_interval=2)
+GAN = DMD2(num_inference_steps=2, guidance_scale=2.0, gan_weight=0.1, student_update_interval=2, discriminator="fake_score")
+METHODS: dict[str, Method] = {"image_free": IMAGE_FREE, "gan": GAN}
+
+
+def config(folder: Path, **changes: object) -> TrainConfig:
+    start = TrainConfig(output_dir=str(folder), train_batch_size=8, max_train_steps=6, learning_rate=1e-3, ema_decay=0.9, logging_steps=2)
+    return replace(start, **({"checkpointing_steps": 3, "num_validation_images": 4} | changes))  # type: ignore[arg-type]
+
+
+def trainer(folder: Path, method: Method = IMAGE_FREE, process: str = "flow", **changes: object) -> Trainer:
+    data = build_dataset(DataConfig(dataset="digits"), needs_images=method.needs_images, channels=1, resolution=8)
+    return Trainer(class_conditional(process), replace(method), config(folder, **changes), data)
+
+
+def final_weights(folder: Path, step: int = 6) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted((folder / f"checkpoint-{step}").glob("*.safetensors"))}
+
+
+def assert_equal(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys() and len(a) >= 5
+    for file in a:
+        for name, value in a[file].items():
+            torch.testing.assert_close(b[file][name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{file} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_moves_exactly_the_roles_of_its_turns(tmp_path: Path, name: str, process: str) -> None:
+    run = trainer(tmp_path, METHODS[name], process, max_train_steps=2)
+    roles = ("teacher", *run.trained)
+    for moved in (set(run.trained), set(run.trained) - {"student"}):  # the student trains at every second step
+        before = {role: [p.clone() for p in getattr(run.nets, role).parameters()] for role in roles}
+        raw = next(run._data())
+        run.train_step([run._batch(b) for b in raw])
+        after = {role: list(getattr(run.nets, role).parameters()) for role in roles}
+        changed = {role for role in roles if any(not torch.equal(a, b) for a, b in zip(before[role], after[role], strict=True))}
+        assert changed == moved
+        assert all(p.grad is None and not p.requires_grad for role in roles for p in after[role])
+
+
+def test_lora_moves_the_adapter_alone(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_train_steps=1, lora_rank=2, checkpointing_steps=0)
+    names = run.nets.parameters("student").keys()
+    assert names and all("lora_" in name for name in names)
+    before = {name: p.clone() for name, p in run.nets.student.named_parameters()}
+    run.train()
+    changed = {name for name, p in run.nets.student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and changed <= set(names)
+
+
+def test_a_run_leaves_its_record_its_metrics_and_its_pictures(tmp_path: Path) -> None:
+    run = trainer(tmp_path, report_to="tensorboard", validation_steps=3)
+    run.train()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["method"] == "DMD2" and record["settings"]["learning_rate"] == 1e-3 and record["packages"]["torch"]
+    assert record["sampler"] == {"timesteps": [1000.0, 500.0], "kind": "sde", "guidance_scale": 1.0}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"student/loss", "student/gap", "fake_score/denoising", "student/grad_norm", "lr/student"} <= lines[-1].keys()
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"teacher.png", "step_000003.png", "step_000006.png"}
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"lr_scheduler": "cosine", "lr_warmup_steps": 2}], ids=["full", "lora", "cosine"])
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_is_bit_exact(tmp_path: Path, name: str, changes: dict[str, object]) -> None:
+    trainer(tmp_path / "whole", METHODS[name], **changes).train()
+    first = trainer(tmp_path / "parts", METHODS[name], **changes)
+    micro_batches = first._data()
+    for _ in range(3):
+        first.train_step([first._batch(b) for b in next(micro_batches)])
+    first.save()
+    second = trainer(tmp_path / "parts", METHODS[name], resume_from_checkpoint="latest", **changes)
+    assert second.step == 3
+    second.train()
+    assert_equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
+
+
+def in_a_process(folder: Path, **changes: object) -> list[str]:
+    return [__file__, str(folder), json.dumps(changes)]
+
+
+def test_a_killed_run_resumes_bit_exactly(tmp_path: Path) -> None:
+    changes = {"max_train_steps": 40, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    subprocess.run([sys.executable, *in_a_process(tmp_path / "whole", **changes)], check=True, capture_output=True)
+    killed = [sys.executable, *in_a_process(tmp_path / "parts", **changes)]
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "parts").glob("checkpoint-[1-3]?")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = [sys.executable, *in_a_process(tmp_path / "parts", resume_from_checkpoint="latest", **changes)]
+    subprocess.run(resumed, check=True, capture_output=True)
+    assert_equal(final_weights(tmp_path / "whole", 40), final_weights(tmp_path / "parts", 40))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def assert_same_up_to_rounding(one: Path, two: Path, step: int) -> None:
+    """Weights differ by at most 2 % of how far training moved them: Adam turns the rounding of a vanishing gradient into a step."""
+    first, second = final_weights(one, step), final_weights(two, step)
+    start = dict(class_conditional("flow").unet.named_parameters())
+    moved = max((first["student.safetensors"][f"model.{n}"] - p).abs().max().item() for n, p in start.items())
+    for file in ("student.safetensors", "fake_score.safetensors", "student.ema.safetensors"):
+        differences = {key: (value - second[file][key]).abs().max().item() for key, value in first[file].items()}
+        assert max(differences.values()) < 0.02 * moved, (file, max(differences, key=lambda k: differences[k]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulation_equals_one_large_batch(tmp_path: Path, name: str) -> None:
+    trainer(tmp_path / "one", METHODS[name]).train()
+    trainer(tmp_path / "two", METHODS[name], train_batch_size=4, gradient_accumulation_steps=2).train()
+    assert_same_up_to_rounding(tmp_path / "one", tmp_path / "two", 6)
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, *in_a_process(tmp_path / "one")], check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000)]
+    two = [*launch, *in_a_process(tmp_path / "two", train_batch_size=4)]
+    subprocess.run(two, check=True, capture_output=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["world_size"] == 1
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
+    assert_same_up_to_rounding(tmp_path / "one", tmp_path / "two", 6)
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        next(run.nets.fake_score.parameters()).fill_(float("nan"))
+    before = [p.clone() for p in run.nets.student.parameters()]
+    with pytest.raises(NonFiniteError, match=r"step 0.*'student'"):
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.nets.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"mixed_precision": "fp16"}, "mixed_precision"),
+        ({"max_train_steps": 0}, "max_train_steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint"),
+        ({"report_to": "nonsense"}, "report_to"),
+    ],
+)
+def test_wrong_settings_name_themselves(tmp_path: Path, changes: dict[str, object], field: str) -> None:
+    with pytest.raises(InputError, match=field):
+        trainer(tmp_path, **changes)
+
+
+def test_timesteps_outside_the_schedule_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"timesteps.*1500.*0 to 1000"):
+        trainer(tmp_path, replace(IMAGE_FREE, timesteps=(1500.0,)))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_another_run_is_not_overwritten_nor_resumed_with_other_settings(tmp_path: Path) -> None:
+    trainer(tmp_path, max_train_steps=1).train()
+    kept = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(InputError, match=r"output_dir.*already holds a run"):
+        trainer(tmp_path, max_train_steps=1)
+    with pytest.raises(InputError, match=r"learning_rate: stored 0.001, now 0.5"):
+        trainer(tmp_path, max_train_steps=1, learning_rate=0.5, resume_from_checkpoint="latest")
+    assert (tmp_path / "run.json").read_bytes() == kept
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    trainer(tmp_path / "plain", max_train_steps=2).train()
+    trainer(tmp_path / "recomputed", max_train_steps=2, gradient_checkpointing=True).train()
+    assert_equal(final_weights(tmp_path / "plain", 2), final_weights(tmp_path / "recomputed", 2), tolerance=1e-6)
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GAN, max_train_steps=2, mixed_precision="bf16")
+    start = {name: p.clone() for name, p in run.nets.student.named_parameters()}
+    run.train()
+    assert next(run.nets.teacher.parameters()).dtype == torch.bfloat16
+    moved = [name for name, p in run.nets.student.named_parameters() if not torch.equal(p, start[name])]
+    assert len(moved) > 0.9 * len(start)  # a weight cast cached without gradient would leave the student where it was
+    assert all(p.dtype == torch.float32 for p in run.nets.student.parameters())
+
+
+if __name__ == "__main__":  # one run in a process of its own, for the tests that kill it or spread it over ranks
+    torch.set_num_threads(1)
+    trainer(Path(sys.argv[1]), **json.loads(sys.argv[2])).train()
