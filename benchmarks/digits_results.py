@@ -71,7 +71,9 @@ def command(script: str, *flags: str) -> float:
     """Run a script of the project on one thread; CPU seconds it took."""
     tail: list[str] = []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, script, *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, script, *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: tail.append(process.stderr.read()[-2000:].decode(errors="replace")), daemon=True)  # type: ignore[union-attr]
     reader.start()
@@ -97,7 +99,12 @@ def one_run(config: Results, name: str, flags: list[str], seed: int) -> dict[str
     metrics = {metric: (value["mean"], value["std"]) for metric, value in result["metrics"].items()}
     run = json.loads((folder / "run.json").read_text())
     row = {"table": config.table, "name": name, "teacher": Path(config.teacher).name, "seed": seed, "flags": flags}
-    return row | {"cpu_seconds": json.loads(record.read_text()), "noise_seeds": list(config.noise_seeds), "commit": run["commit"], "metrics": metrics}
+    return row | {
+        "cpu_seconds": json.loads(record.read_text()),
+        "noise_seeds": list(config.noise_seeds),
+        "commit": run["commit"],
+        "metrics": metrics,
+    }
 
 
 def main(config: Results) -> None:

@@ -27,7 +27,7 @@ def main() -> None:
 def _main() -> None:
     names = ", ".join(METHODS)
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: diffusion-distill METHOD --pretrained_model_name_or_path ... ; METHOD is one of: {names}; METHOD --help lists the flags")
+        print(f"usage: diffusion-distill METHOD --pretrained_model_name_or_path ...\nMETHOD: {names}; METHOD --help lists its flags")
         return
     if sys.argv[1] not in METHODS:
         raise reject("METHOD", sys.argv[1], f"accepted: {names}")

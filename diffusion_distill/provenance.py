@@ -12,7 +12,7 @@ PACKAGES = ("diffusion-distill", "torch", "diffusers", "transformers", "accelera
 
 def provenance() -> dict[str, Any]:
     """Commit of this package's checkout (None outside one), package and Python versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

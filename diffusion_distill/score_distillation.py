@@ -10,9 +10,9 @@ from .prediction import Prediction
 
 
 @torch.no_grad()
-def real_and_fake(teacher: Denoiser, fake_score: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, guidance_scale: float) -> tuple[
-    Prediction, Prediction
-]:
+def real_and_fake(
+    teacher: Denoiser, fake_score: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, guidance_scale: float
+) -> tuple[Prediction, Prediction]:
     """Teacher (guided) and fake score (never guided) at the same (x_t, t): x_t (B, ...), t (B,)."""
     return guided(teacher, x_t, t, cond, uncond, guidance_scale), fake_score(x_t, t, cond)
 

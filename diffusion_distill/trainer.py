@@ -16,7 +16,7 @@ from . import parallel
 from .build import build_networks, teacher_denoiser
 from .checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, resolve_checkpoint, save_checkpoint
 from .config import difference, to_mapping
-from .data import GlobalBatchSampler, batches
+from .data import GlobalBatchSampler, MicroBatch, batches
 from .ema import EMA
 from .errors import InputError, reject
 from .families import Cond, family_of
@@ -87,7 +87,9 @@ class Trainer:
         self.settings = to_mapping(method, config) | (settings or {})
         self._claim_output_dir()
         self.nets = build_networks(pipe, method, config, self.sample_shape)
-        self.optimizers = {role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained}
+        self.optimizers = {
+            role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
+        }
         self.lr_factor = learning_rate_factor(config)
         self.ema = EMA(self.nets.parameters("student"), config.ema_decay) if config.ema_decay else None
         self.step = 0
@@ -164,7 +166,7 @@ class Trainer:
     def _base_rate(self, role: str) -> float:
         return self.method.learning_rate(role) or self.config.learning_rate
 
-    def _data(self) -> Iterator[list[dict[str, Any]]]:
+    def _data(self) -> Iterator[list[MicroBatch]]:
         sampler = GlobalBatchSampler(len(self.dataset), self.global_batch_size, self.config.seed)  # type: ignore[arg-type]
         return batches(
             self.dataset,
@@ -178,8 +180,8 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _batch(self, raw: dict[str, Any]) -> Batch:
-        image = raw.get("image")
+    def _batch(self, raw: MicroBatch) -> Batch:
+        image = raw["image"]
         cond, uncond = self._conditions(raw["condition"])
         x0 = None if image is None else self.family.encode_images(self.pipe, image.to(self.device))
         if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:

@@ -22,7 +22,6 @@ from diffusion_distill.losses import surrogate
 from diffusion_distill.methods import DMD2, Batch
 from diffusion_distill.networks import Networks, trainable_copy
 from diffusion_distill.random import SampleRandom
-from diffusion_distill.sampler import ode_sample, uniform_timesteps
 from diffusion_distill.schedule import NoiseSchedule
 from diffusion_distill.score_distillation import denoising_score_matching, real_and_fake
 

@@ -83,7 +83,9 @@ def test_a_run_leaves_its_record_its_metrics_and_its_pictures(tmp_path: Path) ->
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"lr_scheduler": "cosine", "lr_warmup_steps": 2}], ids=["full", "lora", "cosine"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 2}, {"lr_scheduler": "cosine", "lr_warmup_steps": 2}], ids=["full", "lora", "cosine"]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_resuming_is_bit_exact(tmp_path: Path, name: str, changes: dict[str, object]) -> None:
     trainer(tmp_path / "whole", METHODS[name], **changes).train()

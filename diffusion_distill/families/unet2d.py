@@ -43,7 +43,8 @@ class ClassConditionalUNet2D(Family):
         return {"class_labels": torch.full((batch_size,), pipe.unet.config.num_class_embeds - 1, device=pipe.device)}
 
     def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:
-        return F.one_hot(cond["class_labels"], model.config.num_class_embeds).float()  # type: ignore[union-attr]
+        config: Any = model.config
+        return F.one_hot(cond["class_labels"], config.num_class_embeds).float()
 
     def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
         return images
