@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from .build import load_pipeline
 from .config import TeacherConfig, to_mapping
 from .data import DataConfig, build_dataset
 from .export import export_student, push_to_hub, verify_export
@@ -55,11 +56,12 @@ def distill(
 
 def run(method: Method, teacher: TeacherConfig, data: DataConfig, config: TrainConfig) -> Path:
     """`distill` with everything read from configuration, as the command line does."""
-    from .build import load_pipeline
-
     pipe = load_pipeline(teacher)
-    shape = family_of(pipe).image_shape(pipe, data.resolution)
-    dataset = build_dataset(data, needs_images=method.needs_images, channels=shape[0], resolution=shape[1])
+    family = family_of(pipe)
+    channels, side = family.image_shape(pipe, data.resolution)
+    dataset = build_dataset(
+        data, needs_images=method.needs_images, channels=channels, resolution=side, num_classes=family.num_classes(pipe)
+    )
     settings = to_mapping(teacher, data)
     return distill(
         pipe,

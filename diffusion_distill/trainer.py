@@ -1,5 +1,6 @@
 """The one training loop. It knows turns, roles and losses, and no method."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -106,26 +107,28 @@ class Trainer:
 
     def train(self) -> None:
         """Run to `max_train_steps`, then write the last checkpoint and sample grid."""
-        config = self.config
+        config, data = self.config, self._data()
+        ready = [self._prepare(raw) for raw in itertools.islice(data, 1)]  # data that cannot be used stops the run before it begins
+        self._conditions(self.validation_conditions())
         if self.accelerator.is_main_process:
             self._start_log()
         if config.report_to:
             self.accelerator.init_trackers(config.tracker_project_name, {k: str(v) for k, v in self.settings.items()})
-        progress = tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=not self.accelerator.is_local_main_process)
         logs: dict[str, Tensor] = {}
         started, first = time.perf_counter(), self.step
-        for micro_batches in self._data():
-            logs |= self.train_step([self._batch(b) for b in micro_batches])
-            progress.update()
-            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
-                rate = (self.step - first) / (time.perf_counter() - started)
-                progress.set_postfix(self._log(logs, rate))
-                logs = {}
-            if self._due(config.validation_steps):
-                self.save_samples()
-            if self._due(config.checkpointing_steps):
-                self.save()
-        progress.close()
+        hidden = not self.accelerator.is_local_main_process
+        with tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=hidden) as progress:
+            for micro_batches in itertools.chain(ready, map(self._prepare, data)):
+                logs |= self.train_step(micro_batches)
+                progress.update()
+                if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                    rate = (self.step - first) / (time.perf_counter() - started)
+                    progress.set_postfix(self._log(logs, rate))
+                    logs = {}
+                if self._due(config.validation_steps):
+                    self.save_samples()
+                if self._due(config.checkpointing_steps):
+                    self.save()
         if config.report_to:
             self.accelerator.end_training()
 
@@ -178,6 +181,9 @@ class Trainer:
             stop_step=self.config.max_train_steps,
             num_workers=self.settings.get("dataloader_num_workers", 0),
         )
+
+    def _prepare(self, raw: list[MicroBatch]) -> list[Batch]:
+        return [self._batch(micro_batch) for micro_batch in raw]
 
     @torch.no_grad()
     def _batch(self, raw: MicroBatch) -> Batch:

@@ -53,11 +53,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Exported:
-    """A tiny teacher, a student of it with other weights, and where it was exported to."""
+    """A tiny teacher, a student of it with other weights, and where it was exported to. `grid`: timesteps, or how many even ones."""
 
-    def __init__(self, folder: Path, build: Callable[[], Any], timesteps: list[float], kind: Kind, **options: Any):
-        self.pipe, self.folder, self.sampler = build(), folder, FewStepSampler(tuple(timesteps), kind)
+    def __init__(self, folder: Path, build: Callable[[], Any], grid: list[float] | int, kind: Kind, **options: Any):
+        self.pipe, self.folder = build(), folder
         self.family, self.conditions = family_of(self.pipe), example_conditions(self.pipe)
+        schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
+        self.sampler = FewStepSampler(uniform_timesteps(schedule, grid) if isinstance(grid, int) else tuple(grid), kind)
         self.student = options.pop("student", None) or student_of(self.pipe)
         arguments = {"family": self.family, "info": INFO, "conditions": self.conditions} | options
         export_student(self.pipe, self.student, self.sampler, folder, **arguments)
@@ -86,12 +88,12 @@ def student_of(pipe: Any) -> Denoiser:
 # ------------------------------------------------------------------ the promise
 
 
-@pytest.mark.parametrize("steps", GRIDS)
+@pytest.mark.parametrize(
+    ("name", "steps"), [(name, steps) for name in PIPELINES for steps in GRIDS if name.startswith("class") or steps in (1, 4)]
+)
 @pytest.mark.parametrize("kind", ["sde", "ode"])
-@pytest.mark.parametrize("name", PIPELINES)
 def test_diffusers_samples_what_the_trainer_samples(name: str, kind: Kind, steps: int, tmp_path: Path, in_process: None) -> None:
-    schedule = NoiseSchedule.from_scheduler(PIPELINES[name]().scheduler)
-    exported = Exported(tmp_path / "student", PIPELINES[name], list(uniform_timesteps(schedule, steps)), kind)
+    exported = Exported(tmp_path / "student", PIPELINES[name], steps, kind)
     result = exported.verify(atol=1e-6)
     assert result["timesteps"] in (GRIDS[steps]["vp"], GRIDS[steps]["flow"]) and result["network_calls"] == steps
     assert exported.student.training
@@ -151,8 +153,7 @@ def test_different_noise_is_seen(tmp_path: Path, in_process: None, monkeypatch: 
     ],
 )
 def test_a_tampered_folder_fails(name: str, file: str, changes: dict[str, Any], message: str, tmp_path: Path, in_process: None) -> None:
-    grid = list(uniform_timesteps(NoiseSchedule.from_scheduler(PIPELINES[name]().scheduler), 2))
-    exported = Exported(tmp_path / "student", PIPELINES[name], grid, "sde")
+    exported = Exported(tmp_path / "student", PIPELINES[name], 2, "sde")
     if "call" in changes and "num_inference_steps" in changes["call"]:  # the grid of its own that this scheduler would take
         (exported.folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(LCMScheduler().config)))
     path = exported.folder / file
@@ -172,8 +173,7 @@ def test_lora_adapters_are_merged_in_a_copy(name: str, tmp_path: Path, in_proces
     torch.manual_seed(0)
     inject_adapter_in_model(adapter, student.model)
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    timesteps = list(uniform_timesteps(student.schedule, 2))
-    exported = Exported(tmp_path / "student", PIPELINES[name], timesteps, "sde", student=student)
+    exported = Exported(tmp_path / "student", PIPELINES[name], 2, "sde", student=student)
     exported.verify(atol=1e-5)  # against the unmerged adapters: merging rounds once more
     component = family_of(pipe).component
     saved = load_file(exported.folder / component / "diffusion_pytorch_model.safetensors")
@@ -270,16 +270,16 @@ def test_a_previous_export_is_replaced_whole_or_not_at_all(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["class_conditional_flow", "stable_diffusion"])
 def test_model_card_has_metadata_and_code_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = list(uniform_timesteps(NoiseSchedule.from_scheduler(PIPELINES[name]().scheduler), 2))
     info = INFO | {"metrics": {"Frechet distance": 1.25}, "commit": "abc123", "license": "mit"}
     images = torch.zeros(2, 1 if name.startswith("class") else 3, 16, 16)
-    folder = Exported(tmp_path / "student", PIPELINES[name], grid, "sde", info=info, images=images).folder
+    exported = Exported(tmp_path / "student", PIPELINES[name], 2, "sde", info=info, images=images)
+    folder = exported.folder
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.library_name, card.data.license) == ("owner/teacher", "diffusers", "mit")
     for expected in ("DMD2", "| Frechet distance | 1.25 |", "abc123", "| learning_rate | 1e-05 |", "![samples](samples.png)"):
         assert expected in card.text
     record = json.loads((folder / "distillation.json").read_text())
-    assert record["timesteps"] == grid and record["num_inference_steps"] == 2 and record["method"] == "DMD2"
+    assert record["timesteps"] == list(exported.sampler.timesteps) and record["num_inference_steps"] == 2 and record["method"] == "DMD2"
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(code, {})

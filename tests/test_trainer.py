@@ -53,7 +53,7 @@ def test_a_step_moves_exactly_the_roles_of_its_turns(tmp_path: Path, name: str, 
     for moved in (set(run.trained), set(run.trained) - {"student"}):  # the student trains at every second step
         before = {role: [p.clone() for p in getattr(run.nets, role).parameters()] for role in roles}
         raw = next(run._data())
-        run.train_step([run._batch(b) for b in raw])
+        run.train_step(run._prepare(raw))
         after = {role: list(getattr(run.nets, role).parameters()) for role in roles}
         changed = {role for role in roles if any(not torch.equal(a, b) for a, b in zip(before[role], after[role], strict=True))}
         assert changed == moved
@@ -92,7 +92,7 @@ def test_resuming_is_bit_exact(tmp_path: Path, name: str, changes: dict[str, obj
     first = trainer(tmp_path / "parts", METHODS[name], **changes)
     micro_batches = first._data()
     for _ in range(3):
-        first.train_step([first._batch(b) for b in next(micro_batches)])
+        first.train_step(first._prepare(next(micro_batches)))
     first.save()
     second = trainer(tmp_path / "parts", METHODS[name], resume_from_checkpoint="latest", **changes)
     assert second.step == 3

@@ -33,6 +33,10 @@ class Family(ABC):
         """(channels, pixels of a side) of the images that `encode_images` takes; latent families take RGB."""
         return 3, self.sample_shape(pipe, resolution)[-1] * pipe.vae_scale_factor
 
+    def num_classes(self, pipe: Any) -> int | None:
+        """Number of class labels; None for a pipeline of prompts."""
+        return None
+
     @abstractmethod
     def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
         """Network inputs for a list of prompts or class labels."""

@@ -32,6 +32,9 @@ class ClassConditionalUNet2D(Family):
         channels, _, size = self.sample_shape(pipe, resolution)
         return channels, size
 
+    def num_classes(self, pipe: Any) -> int | None:
+        return int(pipe.unet.config.num_class_embeds) - 1
+
     def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
         classes = pipe.unet.config.num_class_embeds - 1
         for label in conditions:

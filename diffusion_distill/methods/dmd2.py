@@ -1,5 +1,6 @@
 """DMD2: improved distribution matching distillation (Yin et al., arXiv:2405.14867)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -39,6 +40,9 @@ class DMD2(Method):
     """Shift of the evenly spaced timesteps towards noise; flow matching only."""
     sampling: Literal["sde", "ode"] = "sde"
     """Between two steps: re-noise the predicted x0 (the paper) or carry the predicted noise along."""
+    last_step_share: float | None = None
+    """Share of the training turns spent on the last step. None: all steps equally often (the paper). The fake score sees the mixture
+    of all steps' samples, and it is the mixture that then matches the teacher; a large share makes that the last step's samples."""
     guidance_scale: float = 8.0
     """Classifier-free guidance of the teacher; 1 is off. The student and the fake score are never guided."""
     student_update_interval: int = 5
@@ -76,11 +80,13 @@ class DMD2(Method):
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
         if not 0 < self.max_gan_level <= 1:
             raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
+        if self.last_step_share is not None and not 0 < self.last_step_share <= 1:
+            raise reject("last_step_share", self.last_step_share, "a share above 0 and at most 1, or none")
         for name in ("num_inference_steps", "student_update_interval"):
             if getattr(self, name) < 1:
                 raise reject(name, getattr(self, name), "at least 1")
-        for name in ("gan_weight", "discriminator_weight", "r1_weight"):
-            if getattr(self, name) < 0:
+        for name in ("guidance_scale", "gan_weight", "discriminator_weight", "r1_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise reject(name, getattr(self, name), "0 or more")
         if self.discriminator not in DISCRIMINATORS:
             raise reject("discriminator", self.discriminator, "accepted: " + ", ".join(DISCRIMINATORS))
@@ -160,11 +166,19 @@ class DMD2(Method):
         x_t = schedule.add_noise(x0, batch.random.normal_like(x0), t)
         return nets.discriminator(nets, x_t, t, batch.cond), x_t, t
 
+    def draw_rung(self, batch: Batch, rungs: int) -> int:
+        """The step that trains in this turn, the same on every rank: uniform, or the last one with its share."""
+        if self.last_step_share is None or rungs == 1:
+            return batch.random.shared_integer(rungs)
+        if batch.random.shared_integer(10**6) < self.last_step_share * 10**6:
+            return rungs - 1
+        return batch.random.shared_integer(rungs - 1)
+
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """Backward simulation: x0 (B, ...) at a random rung of the student's own trajectory, gradient in the last call only."""
         sampler = self.sampler(nets.student.schedule)
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
-        rung = batch.random.shared_integer(len(sampler.timesteps))
+        rung = self.draw_rung(batch, len(sampler.timesteps))
         with torch.no_grad():
             x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
         x0: Tensor = nets.student(x_t, t, batch.cond).x0
