@@ -63,7 +63,7 @@ class Turn:
         self.family = family_of(pipe)
         self.shape = self.family.sample_shape(pipe)
         config = TrainConfig(learning_rate=1e-6)
-        self.nets = build_networks(pipe, method, config, self.shape)
+        self.nets = build_networks(pipe, method, config)
         self.optimizers = {role: build_optimizer(self.nets.parameters(role).values(), 1e-6, config) for role in self.nets.trained_roles}
         self.ema = EMA(self.nets.parameters("student"), 0.999)
         self.cond = self.family.encode_conditions(pipe, [0] * batch_size)

@@ -45,7 +45,7 @@ def teacher_denoiser(pipe: Any) -> Denoiser:
     return Denoiser(model, NoiseSchedule.from_scheduler(pipe.scheduler), prediction_type_of(pipe.scheduler), family)
 
 
-def build_networks(pipe: Any, method: Method, config: TrainConfig, sample_shape: tuple[int, ...]) -> Networks:
+def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None) -> Networks:
     """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank."""
     teacher = teacher_denoiser(pipe)
     bf16 = config.mixed_precision == "bf16"
@@ -55,10 +55,10 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, sample_shape:
         torch.manual_seed(derive_seed(config.seed, 0x1217))
         for role in method.copies:
             roles[role] = _trained(teacher, config)
-        x_t = torch.zeros(1, *sample_shape, device=pipe.device)
+        x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=pipe.device)
         t = teacher.schedule.timestep(torch.full((1,), 0.5, device=pipe.device))
         with torch.no_grad():
-            roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1))
+            roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
     if bf16:
         teacher.model.to(torch.bfloat16)
     return Networks(teacher=teacher, **roles)

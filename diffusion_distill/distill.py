@@ -88,6 +88,7 @@ def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> N
             info=info,
             conditions=conditions,
             images=trainer.sample(conditions),
+            resolution=trainer.resolution,
         )
         proof = verify_export(
             folder,

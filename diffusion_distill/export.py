@@ -43,6 +43,7 @@ def export_student(
     conditions: Sequence[Any],
     images: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    resolution: int | None = None,
 ) -> Path:
     """Write a complete pipeline folder: the teacher's pipeline with the student's network and scheduler, a record and a model card.
 
@@ -56,6 +57,7 @@ def export_student(
         conditions: prompts or class labels of `images`; the first ones are the example of the model card.
         images: samples (B, C, H, W) in [-1, 1] for a picture in the model card.
         dtype: of the saved network.
+        resolution: pixels of the student's images. None: the pipeline's own.
 
     Raises:
         InputError: when the folder holds something else, or no stock scheduler can sample the student.
@@ -64,10 +66,10 @@ def export_student(
     _refuse_foreign(folder)
     scheduler = student_scheduler(student.schedule, sampler, student.prediction_type, pipe.scheduler)
     exported = _student_pipeline(pipe, family, merged(student.model, dtype), scheduler, sampler)
-    call = _call(family, sampler, scheduler)
+    call = _call(family, sampler, scheduler, resolution)
     record: dict[str, Any] = {**info, "num_inference_steps": len(sampler.timesteps), "timesteps": list(sampler.timesteps)}
     record |= {"sampling": sampler.kind, "guidance_scale": sampler.guidance_scale, "scheduler": type(scheduler).__name__}
-    record |= {"pipeline": type(pipe).__name__, "dtype": str(dtype).removeprefix("torch."), "call": call}
+    record |= {"pipeline": type(pipe).__name__, "dtype": str(dtype).removeprefix("torch."), "call": call, "resolution": resolution}
     code = usage(call, family.condition_argument(conditions[:2]), _is_custom(exported))
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
@@ -113,8 +115,8 @@ def _is_custom(pipe: Any) -> bool:
     return module.split(".")[0] != "diffusers"
 
 
-def _call(family: Family, sampler: FewStepSampler, scheduler: Any) -> dict[str, Any]:
-    call = family.pipeline_call(sampler.timesteps, scheduler.config.num_train_timesteps)
+def _call(family: Family, sampler: FewStepSampler, scheduler: Any, resolution: int | None) -> dict[str, Any]:
+    call = family.pipeline_call(sampler.timesteps, scheduler.config.num_train_timesteps, resolution)
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         call.pop("timesteps", None)  # DDIM takes the number of steps alone, and `student_scheduler` saw to it that they are these
     return call
@@ -200,15 +202,16 @@ def _own_samples(
     folder: Path, student: Denoiser, sampler: FewStepSampler, family: Family, pipe: Any, conditions: Sequence[Any], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """x0 and images in [0, 1], both (B, ...), drawn by the toolkit's sampler."""
-    dtype = getattr(torch, json.loads((folder / MARKER).read_text(encoding="utf-8"))["dtype"])
+    record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    dtype, resolution = getattr(torch, record["dtype"]), record["resolution"]
     model = student.model if dtype == torch.float32 else merged(student.model, dtype).float()
     training = model.training
     model.eval()
     plain = Denoiser(model, student.schedule, student.prediction_type, family)  # without autocast
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        noise = torch.randn(len(conditions), *family.sample_shape(pipe), device=pipe.device)
-        x0 = sampler.sample(plain, noise, family.encode_conditions(pipe, conditions), torch.randn_like)
+        noise = torch.randn(len(conditions), *family.sample_shape(pipe, resolution), device=pipe.device)
+        x0 = sampler.sample(plain, noise, family.encode_conditions(pipe, conditions, resolution), torch.randn_like)
     model.train(training)
     images = family.decode(pipe, x0).div(2).add(0.5).clamp(0, 1)
     return x0.float().cpu().numpy(), images.float().cpu().numpy()

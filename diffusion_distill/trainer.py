@@ -84,10 +84,11 @@ class Trainer:
         teacher = teacher_denoiser(pipe)
         self.sampler = method.sampler(teacher.schedule)
         self.sampler.validate(teacher.schedule, teacher.prediction_type)
-        self.sample_shape = self.family.sample_shape(pipe, resolution)
+        self.resolution, self.sample_shape = resolution, self.family.sample_shape(pipe, resolution)
+        self.uncond = self.family.unconditional(pipe, 1, resolution)
         self.settings = to_mapping(method, config) | (settings or {})
         self._claim_output_dir()
-        self.nets = build_networks(pipe, method, config, self.sample_shape)
+        self.nets = build_networks(pipe, method, config, resolution)
         self.optimizers = {
             role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
         }
@@ -195,7 +196,8 @@ class Trainer:
         return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0)
 
     def _conditions(self, conditions: Sequence[Any]) -> tuple[Cond, Cond]:
-        return self.family.encode_conditions(self.pipe, conditions), self.family.unconditional(self.pipe, len(conditions))
+        uncond = {name: value.expand(len(conditions), *value.shape[1:]) for name, value in self.uncond.items()}
+        return self.family.encode_conditions(self.pipe, conditions, self.resolution), uncond
 
     def _due(self, interval: int) -> bool:
         return self.step == self.config.max_train_steps or (interval > 0 and self.step % interval == 0)

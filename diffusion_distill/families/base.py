@@ -38,11 +38,11 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
-        """Network inputs for a list of prompts or class labels."""
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
+        """Network inputs for a list of prompts or class labels; some networks see the `resolution` in pixels too."""
 
     @abstractmethod
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
         """Network inputs for classifier-free guidance, as the teacher was trained with them."""
 
     @abstractmethod
@@ -58,8 +58,8 @@ class Family(ABC):
         """Images (B, C, H, W) in [-1, 1], unclamped, from x0 (B, ...)."""
 
     @abstractmethod
-    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
-        """Keyword arguments with which the exported pipeline visits exactly `timesteps`, guidance off."""
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
+        """Keyword arguments with which the exported pipeline visits exactly `timesteps` at `resolution`, guidance off."""
 
     @abstractmethod
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .autoencoder import decode_unscaled, latent_side, posterior_mean
 from .base import Cond, Family
-from .text import integer_timesteps, prompts_of
+from .text import image_size, integer_timesteps, prompts_of
 
 # The modules of diffusers' LCM-LoRA recipe: a student that changes its step count moves more than its attention.
 UNET_LORA_TARGETS = (
@@ -38,12 +38,12 @@ class StableDiffusion(Family):
         return (pipe.unet.config.in_channels, side, side)
 
     @torch.no_grad()
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
         embeds, _ = pipe.encode_prompt(prompts_of(conditions), pipe.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
-        return self.encode_conditions(pipe, [""] * batch_size)
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
+        return self.encode_conditions(pipe, [""] * batch_size, resolution)
 
     def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:
         return cond["prompt_embeds"].float().mean(1)
@@ -55,8 +55,10 @@ class StableDiffusion(Family):
     def decode(self, pipe: Any, x0: Tensor) -> Tensor:
         return decode_unscaled(pipe.vae, x0 / pipe.vae.config.scaling_factor)
 
-    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
-        return {"timesteps": integer_timesteps(timesteps), "num_inference_steps": len(timesteps), "guidance_scale": 0.0}
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
+        return {"timesteps": integer_timesteps(timesteps), "num_inference_steps": len(timesteps), "guidance_scale": 0.0} | image_size(
+            resolution
+        )
 
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         return {"prompt": prompts_of(conditions)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .autoencoder import decode_unscaled, latent_side, posterior_mean
 from .base import Cond, Family
-from .text import prompts_of
+from .text import image_size, prompts_of
 
 
 class StableDiffusion3(Family):
@@ -41,14 +41,14 @@ class StableDiffusion3(Family):
         return (pipe.transformer.config.in_channels, side, side)
 
     @torch.no_grad()
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
         prompts = prompts_of(conditions)
         options = {"device": pipe.device, "do_classifier_free_guidance": False}
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **options)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
-        return self.encode_conditions(pipe, [""] * batch_size)
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
+        return self.encode_conditions(pipe, [""] * batch_size, resolution)
 
     def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:
         return cond["pooled"].float()
@@ -60,10 +60,10 @@ class StableDiffusion3(Family):
     def decode(self, pipe: Any, x0: Tensor) -> Tensor:
         return decode_unscaled(pipe.vae, x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)
 
-    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
         """Sigmas, which the exported scheduler must not shift again: it needs shift = 1."""
         sigmas = [t / schedule_length for t in timesteps]
-        return {"sigmas": sigmas, "num_inference_steps": len(sigmas), "guidance_scale": 0.0}
+        return {"sigmas": sigmas, "num_inference_steps": len(sigmas), "guidance_scale": 0.0} | image_size(resolution)
 
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         return {"prompt": prompts_of(conditions)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .autoencoder import decode_unscaled, latent_side, posterior_mean
 from .base import Cond, Family
 from .stable_diffusion import UNET_LORA_TARGETS
-from .text import integer_timesteps, prompts_of
+from .text import image_size, integer_timesteps, prompts_of
 
 
 class StableDiffusionXL(Family):
@@ -38,16 +38,16 @@ class StableDiffusionXL(Family):
         return (pipe.unet.config.in_channels, side, side)
 
     @torch.no_grad()
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
         prompts = prompts_of(conditions)
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
-        size = pipe.default_sample_size * pipe.vae_scale_factor
+        size = resolution or pipe.default_sample_size * pipe.vae_scale_factor
         time_ids = torch.tensor([[size, size, 0.0, 0.0, size, size]], device=pipe.device).repeat(len(prompts), 1)
         return {"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids}
 
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
         """Zeros where the pipeline says so (SDXL base was trained with them), else ""; `time_ids` are kept."""
-        cond = self.encode_conditions(pipe, [""] * batch_size)
+        cond = self.encode_conditions(pipe, [""] * batch_size, resolution)
         if not pipe.config.force_zeros_for_empty_prompt:
             return cond
         return cond | {name: torch.zeros_like(cond[name]) for name in ("prompt_embeds", "pooled")}
@@ -64,8 +64,10 @@ class StableDiffusionXL(Family):
         mean, std = self._latent_moments(pipe, x0)
         return decode_unscaled(pipe.vae, x0 * std + mean)
 
-    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
-        return {"timesteps": integer_timesteps(timesteps), "num_inference_steps": len(timesteps), "guidance_scale": 0.0}
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
+        return {"timesteps": integer_timesteps(timesteps), "num_inference_steps": len(timesteps), "guidance_scale": 0.0} | image_size(
+            resolution
+        )
 
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         return {"prompt": prompts_of(conditions)}

@@ -30,3 +30,8 @@ def integer_timesteps(timesteps: Sequence[float]) -> list[int]:
         if t != int(t):
             raise reject("timesteps", t, "the exported UNet pipelines visit integer timesteps only")
     return [int(t) for t in timesteps]
+
+
+def image_size(resolution: int | None) -> dict[str, int]:
+    """A text-to-image pipeline's arguments for square images of `resolution` pixels; none for its own size."""
+    return {} if resolution is None else {"height": resolution, "width": resolution}

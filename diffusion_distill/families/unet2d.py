@@ -25,7 +25,9 @@ class ClassConditionalUNet2D(Family):
         return [model.mid_block]  # type: ignore[list-item]
 
     def sample_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, ...]:
-        size = resolution or pipe.unet.config.sample_size
+        size = pipe.unet.config.sample_size
+        if resolution not in (None, size):
+            raise reject("resolution", resolution, f"the teacher draws {size} pixels and nothing else")
         return (pipe.unet.config.in_channels, size, size)
 
     def image_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, int]:
@@ -35,14 +37,14 @@ class ClassConditionalUNet2D(Family):
     def num_classes(self, pipe: Any) -> int | None:
         return int(pipe.unet.config.num_class_embeds) - 1
 
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
         classes = pipe.unet.config.num_class_embeds - 1
         for label in conditions:
             if not str(label).isdecimal() or int(label) >= classes:
                 raise reject("class label", label, f"the teacher has classes 0 to {classes - 1}")
         return {"class_labels": torch.tensor([int(label) for label in conditions], device=pipe.device)}
 
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
         return {"class_labels": torch.full((batch_size,), pipe.unet.config.num_class_embeds - 1, device=pipe.device)}
 
     def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:
@@ -55,7 +57,7 @@ class ClassConditionalUNet2D(Family):
     def decode(self, pipe: Any, x0: Tensor) -> Tensor:
         return x0
 
-    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int) -> dict[str, Any]:
+    def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
         return {}  # the grid and the guidance are the exported pipeline's own defaults
 
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
