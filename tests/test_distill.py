@@ -28,7 +28,9 @@ def test_a_text_to_image_student_is_what_plain_diffusers_draws(
     pipe.set_progress_bar_config(disable=True)
     data = build_dataset(DataConfig(prompts_file=str(prompts)), needs_images=False, channels=3, resolution=resolution)
     method = DMD2(num_inference_steps=2, guidance_scale=3.0, gan_weight=0.0, student_update_interval=1)
-    config = TrainConfig(output_dir=str(tmp_path / "run"), max_train_steps=2, train_batch_size=2, num_validation_images=4, lora_rank=lora_rank)
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"), max_train_steps=2, train_batch_size=2, num_validation_images=4, lora_rank=lora_rank
+    )
     folder = distill(pipe, method, data, config, teacher="somebody/some-model", resolution=resolution)
     proof = json.loads((folder / "verification.json").read_text())
     assert proof["max_difference"] <= 1e-6 and proof["network_calls"] == 2

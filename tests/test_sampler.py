@@ -194,8 +194,6 @@ def test_a_grid_of_no_steps_is_an_input_error(steps: int) -> None:
 
 
 def test_as_dict_reads_back_from_json() -> None:
-    import json
-
     sampler = FewStepSampler((999.0, 499.0), "ode", 1.0)
     read = json.loads(json.dumps(sampler.as_dict()))
     assert FewStepSampler(tuple(read.pop("timesteps")), **read) == sampler
