@@ -120,14 +120,14 @@ class Turn:
 def measure(turn: Turn, repeats: int) -> dict[str, Any]:
     """Median milliseconds of the turn and of its floor, measured in turn."""
     forward, both = turn.passes()
-    times: dict[str, list[float]] = {"turn": [], "forward": [], "forward_backward": []}
+    times: dict[str, list[float]] = {"measured": [], "forward": [], "forward_backward": []}
     for _ in range(repeats):
-        times["turn"].append(seconds(turn.run))
+        times["measured"].append(seconds(turn.run))
         times["forward"].append(seconds(turn.bare_forward))
         times["forward_backward"].append(seconds(turn.bare_forward_backward))
     ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     floor = forward * ms["forward"] + both * ms["forward_backward"]
-    return {**ms, "forward_passes": forward, "forward_backward_passes": both, "floor": floor, "over_floor": ms["turn"] / floor}
+    return {**ms, "forward_passes": forward, "forward_backward_passes": both, "floor": floor, "over_floor": ms["measured"] / floor}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ COLUMNS = (
     "within-class spread",
     "copy rate",
     "ms / image",
+    "CPU ms / image",
 )
 
 
@@ -203,8 +204,6 @@ def _table(rows: list[Row], reference: float) -> list[str]:
 
 
 def _cells(row: Row, reference: float) -> list[str]:
-    time = {name: row.result["metrics"]["seconds_per_image"][name] for name in ("mean", "std")}
-    milliseconds = {name: None if value is None else 1000 * value for name, value in time.items()}
     return [
         row.label.replace("|", r"\|"),
         str(row.steps),
@@ -215,8 +214,14 @@ def _cells(row: Row, reference: float) -> list[str]:
         row.text("recall"),
         row.text("within_class_spread"),
         row.text("copy_rate", 4),
-        plus_minus(milliseconds, 2),
+        _milliseconds(row, "seconds_per_image"),
+        _milliseconds(row, "cpu_seconds_per_image"),
     ]
+
+
+def _milliseconds(row: Row, metric: str) -> str:
+    values = {name: row.result["metrics"][metric][name] for name in ("mean", "std")}
+    return plus_minus({name: None if value is None else 1000 * value for name, value in values.items()}, 2)
 
 
 def _commands(config: CompareConfig) -> list[str]:

@@ -105,7 +105,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         progress = f"{config.folder.name}, {'own' if steps is None else steps} steps, seed {seed}"
         drawn = generate(pipe, labels, seed, config.batch_size, steps, config.guidance_scale, progress)
         values = judge.measure(drawn.images, drawn.labels)
-        values |= {"network_evaluations_per_image": drawn.network_evaluations, "seconds_per_image": drawn.seconds}
+        values |= {
+            "network_evaluations_per_image": drawn.network_evaluations,
+            "seconds_per_image": drawn.seconds,
+            "cpu_seconds_per_image": drawn.cpu_seconds,
+        }
         result = _result(report, steps)
         _add_seed(result, seed, values, report["protocol"])
         result["environment"] = _environment(pipe, config.batch_size)

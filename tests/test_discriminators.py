@@ -1,24 +1,24 @@
 """Discriminators on real networks: where their features come from, what they train, and what they can learn."""
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import class_conditional, example_conditions, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_pipelines import class_conditional, example_conditions, stable_diffusion, stable_diffusion_3
 from torch import Tensor, nn
 
 from diffusion_distill.build import teacher_denoiser
-from diffusion_distill.discriminators import DISCRIMINATORS, FeatureDiscriminator, map_head
+from diffusion_distill.discriminators import DISCRIMINATORS, map_head
 from diffusion_distill.losses import discriminator_loss, generator_loss
 from diffusion_distill.networks import Networks, trainable_copy
 from diffusion_distill.score_distillation import approximate_r1
 
 PIPELINES = {
-    "unet2d": class_conditional,
-    "stable_diffusion": stable_diffusion,
-    "stable_diffusion_xl": stable_diffusion_xl,
-    "stable_diffusion_3": stable_diffusion_3,
+    "unet2d": cache(class_conditional),
+    "stable_diffusion": cache(stable_diffusion),
+    "stable_diffusion_3": cache(stable_diffusion_3),
 }
 
 
@@ -94,7 +94,7 @@ def test_frozen_discriminators_pass_the_gradient_to_their_input(family: str, nam
 @pytest.mark.parametrize("name", ["fake_score", "teacher"])
 def test_features_are_the_middle_blocks_of_the_trunk(name: str) -> None:
     """DMD2, sec. 4.3: the heads read what the whole network's own forward pass has there; the two trunks differ."""
-    nets, x_t, t, cond = setting(class_conditional(), name)
+    nets, x_t, t, cond = setting(PIPELINES["unet2d"](), name)
     with torch.no_grad():
         for p in nets.fake_score.parameters():
             p.mul_(1.1)
@@ -110,7 +110,7 @@ def test_features_are_the_middle_blocks_of_the_trunk(name: str) -> None:
 
 
 def test_several_taps_have_a_head_each_and_the_logit_is_their_mean() -> None:
-    nets, x_t, t, cond = setting(stable_diffusion_3(), "teacher")
+    nets, x_t, t, cond = setting(PIPELINES["stable_diffusion_3"](), "teacher")
     features = nets.teacher.features(x_t, t, cond)
     assert len(nets.discriminator.heads) == len(features) > 1
     each = torch.stack([head(f) for head, f in zip(nets.discriminator.heads, features)])
@@ -122,14 +122,19 @@ def test_map_heads_give_one_logit_at_any_size(size: int) -> None:
     assert map_head(8, size)(torch.zeros(2, 8, size, size)).shape == (2,)
 
 
-def test_heads_on_oblong_maps_give_one_logit() -> None:
-    features = [torch.randn(2, 8, 8, 4)]
-    heads = FeatureDiscriminator("teacher", features).heads
-    assert heads[0](features[0]).shape == (2,)
+@pytest.mark.parametrize("channels", [8, 16, 24, 48, 66, 1280])
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_map_heads_see_their_input_at_any_width(channels: int, size: int) -> None:
+    """A group of one channel on the last, one-pixel map would be normalised to a constant; at 1280 there are 32 groups, as in DMD2."""
+    torch.manual_seed(0)
+    head = map_head(channels, size)
+    with torch.no_grad():
+        assert head(torch.randn(16, channels, size, size)).std() > 0.02
+    assert channels < 1280 or all(layer.num_groups == 32 for layer in head if isinstance(layer, nn.GroupNorm))
 
 
 def test_the_own_network_owns_nothing_of_the_teacher() -> None:
-    nets = setting(class_conditional(), "own")[0]
+    nets = setting(PIPELINES["unet2d"](), "own")[0]
     teachers = {id(p) for p in nets.teacher.parameters()}
     assert not teachers & {id(p) for p in nets.discriminator.parameters()}
     assert not any(key.startswith("teacher") for key in nets.discriminator.state_dict())
@@ -138,7 +143,7 @@ def test_the_own_network_owns_nothing_of_the_teacher() -> None:
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_learns_to_tell_real_from_fake(name: str) -> None:
     """40 steps on flat images against noisy ones of the same class: nearly all held-out images are on their side."""
-    nets, _, _, cond = setting(class_conditional(), name, count=8)
+    nets, _, _, cond = setting(PIPELINES["unet2d"](), name, count=8)
     generator, t = torch.Generator().manual_seed(1), torch.full((8,), 100.0)
 
     def pair() -> tuple[Tensor, Tensor]:
