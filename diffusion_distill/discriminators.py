@@ -13,7 +13,8 @@ from .schedule import expand_dims
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Up to 32 groups of 8 channels or more: on a one-pixel map, groups of one channel would leave nothing but a constant."""
+    return nn.GroupNorm(math.gcd(32, channels, max(channels // 8, 1)), channels)
 
 
 def map_head(channels: int, size: int) -> nn.Sequential:

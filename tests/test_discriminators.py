@@ -122,8 +122,7 @@ def test_map_heads_give_one_logit_at_any_size(size: int) -> None:
     assert map_head(8, size)(torch.zeros(2, 8, size, size)).shape == (2,)
 
 
-@pytest.mark.parametrize("channels", [8, 16, 24, 48, 66, 1280])
-@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize(("channels", "size"), [(4, 4), (8, 1), (8, 8), (16, 4), (24, 8), (48, 2), (66, 4), (1280, 1)])
 def test_map_heads_see_their_input_at_any_width(channels: int, size: int) -> None:
     """A group of one channel on the last, one-pixel map would be normalised to a constant; at 1280 there are 32 groups, as in DMD2."""
     torch.manual_seed(0)
