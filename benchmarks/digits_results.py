@@ -29,20 +29,32 @@ FINAL = {
     "4 steps, image-free": [*RECIPE, STEPS, "4"],
     "1 step, GAN on real images": [*GAN, STEPS, "1"],
 }
-ONE = FINAL["1 step, image-free"]
+SHORT = [*FINAL["1 step, image-free"], "--max_train_steps", "1000"]
+GAN_SHORT = [*FINAL["1 step, GAN on real images"], "--max_train_steps", "1000"]
+
+
+def rates(student: str, fake_score: str) -> list[str]:
+    return ["--learning_rate", student, "--fake_score_learning_rate", fake_score]
+
+
 TUNING = {
-    "recipe": ONE,
-    "paper: interval 5, equal learning rates": [*ONE, "--student_update_interval", "5", "--fake_score_learning_rate", "5e-5"],
-    "interval 5": [*ONE, "--student_update_interval", "5"],
-    "fake score at the student's learning rate": [*ONE, "--fake_score_learning_rate", "5e-5"],
-    "both learning rates doubled": [*ONE, "--learning_rate", "1e-4", "--fake_score_learning_rate", "4e-4"],
-    "no EMA": [*ONE, "--ema_decay", "0"],
-    "constant learning rate": [*ONE, "--lr_scheduler", "constant_with_warmup"],
-    "levels 0.02-0.8": [*ONE, "--max_level", "0.8"],
-    "adam beta2 0.999": [*ONE, "--adam_beta2", "0.999"],
-    "4 steps, recipe": [*RECIPE, STEPS, "4"],
-    "GAN recipe": FINAL["1 step, GAN on real images"],
-    "GAN heads on the fake score": [*FINAL["1 step, GAN on real images"], "--discriminator", "fake_score"],
+    "recipe": SHORT,
+    "learning rates 5e-5, 2e-4": [*SHORT, *rates("5e-5", "2e-4")],
+    "learning rates 5e-5, 2e-4; beta1 0.9": [*SHORT, *rates("5e-5", "2e-4"), "--adam_beta1", "0.9"],
+    "learning rates 5e-5, 4e-4; beta1 0.9": [*SHORT, *rates("5e-5", "4e-4"), "--adam_beta1", "0.9"],
+    "learning rates 1e-4, 1e-4 (equal: the paper)": [*SHORT, *rates("1e-4", "1e-4")],
+    "student at every 5th step (the paper), 1,700 steps": [*SHORT, "--student_update_interval", "5", "--max_train_steps", "1700"],
+    "beta2 0.999 (the paper)": [*SHORT, "--adam_beta2", "0.999"],
+    "constant learning rate (the paper)": [*SHORT, "--lr_scheduler", "constant_with_warmup"],
+    "no EMA (the paper)": [*SHORT, "--ema_decay", "0"],
+    "levels 0.02 to 0.8": [*SHORT, "--max_level", "0.8"],
+    "levels 0.2 to 0.98": [*SHORT, "--min_level", "0.2"],
+    "GAN recipe": GAN_SHORT,
+    "GAN, heads on the fake score (the paper)": [*GAN_SHORT, "--discriminator", "fake_score", "--max_gan_level", "1.0"],
+    "2 steps, recipe": [*RECIPE, STEPS, "2"],
+    "2 steps, last step 0.8": [*RECIPE, STEPS, "2", "--last_step_share", "0.8"],
+    "2 steps, last step 1.0": [*RECIPE, STEPS, "2", "--last_step_share", "1.0"],
+    "2 steps, all steps equally (the paper)": [*RECIPE, STEPS, "2", "--last_step_share", "0.5"],
 }
 TABLES = {"final": FINAL, "tuning": TUNING}
 
