@@ -17,6 +17,7 @@ from .train_config import TrainConfig
 from .trainer import Trainer
 
 STUDENT = "student"
+LOOP_SETTINGS = ("max_train_steps", "learning_rate", "lr_scheduler", "ema_decay", "lora_rank", "mixed_precision", "seed")  # for the card
 
 
 def distill(
@@ -77,7 +78,9 @@ def run(method: Method, teacher: TeacherConfig, data: DataConfig, config: TrainC
 def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> None:
     conditions = trainer.validation_conditions()
     name = next(key for key, kind in METHODS.items() if type(trainer.method) is kind)
-    info = {"method": name, "hyper_parameters": to_mapping(trainer.method), "teacher": teacher, **provenance()}
+    loop = {key: value for key, value in to_mapping(trainer.config).items() if key in LOOP_SETTINGS}
+    loop["global_batch_size"] = trainer.global_batch_size
+    info = {"method": name, "hyper_parameters": to_mapping(trainer.method) | loop, "teacher": teacher, **provenance()}
     with trainer.student_weights(), torch.no_grad():
         export_student(
             pipe,

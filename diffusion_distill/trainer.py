@@ -241,8 +241,14 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         conditions = self.validation_conditions()
         if not (folder / "teacher.png").exists():
-            save_grid(self.teacher_sample(conditions), folder / "teacher.png")
-        save_grid(self.sample(conditions), folder / f"step_{self.step:06d}.png")
+            save_grid(self.teacher_sample(conditions), folder / "teacher.png", self._columns)
+        save_grid(self.sample(conditions), folder / f"step_{self.step:06d}.png", self._columns)
+
+    @property
+    def _columns(self) -> int | None:
+        """A column for each prompt where several rows of them fit."""
+        prompts = len(self.config.validation_prompts)
+        return prompts if 1 < prompts < self.config.num_validation_images else None
 
     def _validation_random(self, count: int, seed: int) -> SampleRandom:
         return SampleRandom((self.config.seed, VALIDATION, seed), range(count), self.device)
