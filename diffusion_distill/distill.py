@@ -46,6 +46,7 @@ def distill(
     """
     trainer = Trainer(pipe, method, config, dataset, resolution, settings)
     trainer.train()
+    trainer.release()
     folder = trainer.output_dir / STUDENT
     if trainer.accelerator.is_main_process:
         _export(trainer, pipe, folder, teacher)

@@ -35,6 +35,11 @@ class Networks:
         """The parameters that training moves in `role`, by name: all of them, or its LoRA adapter's."""
         return self._trainable[role]
 
+    def keep(self, roles: Iterable[str]) -> None:
+        """Let go of every other network."""
+        self._roles = {role: self._roles[role] for role in roles}
+        self._trainable = {role: p for role, p in self._trainable.items() if role in self._roles}
+
     @contextmanager
     def only_trains(self, roles: Iterable[str]) -> Iterator[None]:
         """Gradients land in `roles` alone; they still pass through the other networks to their inputs."""

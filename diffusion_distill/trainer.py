@@ -202,6 +202,13 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return self.step == self.config.max_train_steps or (interval > 0 and self.step % interval == 0)
 
+    def release(self) -> None:
+        """Free what only training needs, so that the student can be loaded a second time beside this one."""
+        self.optimizers.clear()
+        self.nets.keep(("student", "teacher"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # ------------------------------------------------------------------ samples
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ PROCESSES = ("epsilon", "v_prediction", "flow")
 SHAPE, UNCONDITIONAL = (1, 8, 8), 10
 COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 INNER = (799.0, 599.0, 399.0, 199.0)  # where no parameterisation is ill-conditioned
+pipeline = cache(class_conditional)
 for_every_process = pytest.mark.parametrize("process", PROCESSES)
 
 
@@ -43,7 +44,7 @@ class Call:
 
 def networks(process: str, method: DMD2) -> Networks:
     """What the trainer builds; student and fake score are moved apart, for at the start both equal the teacher."""
-    nets = build_networks(cache(class_conditional)(process), method, TrainConfig(), SHAPE)
+    nets = build_networks(pipeline(process), method, TrainConfig())
     generator = torch.Generator().manual_seed(1)
     for role in ("student", "fake_score"):
         for p in nets.parameters(role).values():
@@ -258,9 +259,8 @@ def test_micro_batches_and_ranks_of_a_step_share_the_rung() -> None:
 def test_rungs_are_drawn_with_their_shares(share: float | None, expected: tuple[float, ...]) -> None:
     method, count = DMD2(last_step_share=share), 3000
     drawn = np.bincount([method.draw_rung(batch(step, slots=range(1)), 4) for step in range(count)], minlength=4)
-    possible = np.array(expected) > 0
-    assert drawn[~possible].sum() == 0 and len(drawn) == 4
-    assert stats.chisquare(drawn[possible], count * np.array(expected)[possible]).pvalue > 1e-3
+    spread = np.sqrt(count * np.array(expected) * (1 - np.array(expected)))  # of a binomial count
+    assert (np.abs(drawn - count * np.array(expected)) <= 4 * spread).all()
     assert method.draw_rung(batch(), 1) == 0
 
 
