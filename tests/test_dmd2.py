@@ -1,108 +1,39 @@
 """DMD2 turn by turn on real networks: which network runs on what, and what the losses leave in the parameters.
 
-What a network received and returned is recorded by hooks; the expectation is then computed from it by formulas written out here
-(float64) and by diffusers' schedulers, never by the package. Noise is recovered from recorded inputs, so nothing here depends on
-the order of the draws.
+Expectations are computed from what hooks recorded, by the formulas of `recording.py` and by diffusers' schedulers.
 """
 
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from recording import (
+    COSINE,
+    PROCESSES,
+    SHAPE,
+    UNCONDITIONAL,
+    array,
+    batch,
+    coefficients,
+    is_unit_noise,
+    networks,
+    noise_in,
+    record,
+    record_discriminator,
+    uncorrelated,
+    x0_of,
+)
 from scipy import stats
-from tiny_pipelines import class_conditional
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_distill.build import build_networks
 from diffusion_distill.errors import InputError
-from diffusion_distill.methods import DMD2, Batch
+from diffusion_distill.methods import DMD2
 from diffusion_distill.networks import Networks
-from diffusion_distill.random import SampleRandom
-from diffusion_distill.train_config import TrainConfig
 
-PROCESSES = ("epsilon", "v_prediction", "flow")
-SHAPE, UNCONDITIONAL = (1, 8, 8), 10
-COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 INNER = (799.0, 599.0, 399.0, 199.0)  # where no parameterisation is ill-conditioned
-pipeline = cache(class_conditional)
 for_every_process = pytest.mark.parametrize("process", PROCESSES)
-
-
-@dataclass
-class Call:
-    x_t: Tensor
-    t: Tensor
-    label: Tensor
-    output: Tensor
-    with_gradient: bool
-
-
-def networks(process: str, method: DMD2) -> Networks:
-    """What the trainer builds; student and fake score are moved apart, for at the start both equal the teacher."""
-    nets = build_networks(pipeline(process), method, TrainConfig())
-    generator = torch.Generator().manual_seed(1)
-    for role in ("student", "fake_score"):
-        for p in nets.parameters(role).values():
-            p.data += 0.03 * torch.randn(p.shape, generator=generator)
-    return nets
-
-
-def batch(step: int = 0, turn: int = 0, slots: range = range(4), **fields: Any) -> Batch:
-    cond = {"class_labels": torch.tensor([slot % 10 for slot in slots])}
-    uncond = {"class_labels": torch.full((len(slots),), UNCONDITIONAL)}
-    images = torch.randn(len(slots), *SHAPE, generator=torch.Generator().manual_seed(2))
-    return Batch(cond, uncond, SHAPE, SampleRandom((step, turn), slots), **{"x0": images} | fields)
-
-
-def record(net: Any) -> list[Call]:
-    """Every completed forward pass of a Denoiser's model from now on; outputs keep their gradient."""
-    calls: list[Call] = []
-
-    def hook(module: nn.Module, args: tuple[Tensor, Tensor], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
-        if output[0].requires_grad:
-            output[0].retain_grad()
-        calls.append(Call(*args, kwargs["class_labels"], output[0], torch.is_grad_enabled()))
-
-    net.model.register_forward_hook(hook, with_kwargs=True)
-    return calls
-
-
-def record_discriminator(nets: Networks) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(x_t, t, logits) of every call of the discriminator from now on."""
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    nets.discriminator.register_forward_hook(lambda module, args, output: calls.append((args[1].detach(), args[2], output.detach())))
-    return calls
-
-
-def array(x: Tensor) -> np.ndarray:
-    return x.detach().double().numpy()
-
-
-def coefficients(process: str, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha, sigma), each (B, 1, 1, 1), from diffusers' table or the definition of flow matching."""
-    power = array(COSINE.alphas_cumprod)[t.long()]
-    alpha, sigma = (1 - array(t) / 1000, array(t) / 1000) if process == "flow" else (np.sqrt(power), np.sqrt(1 - power))
-    return alpha[:, None, None, None], sigma[:, None, None, None]
-
-
-def x0_of(process: str, call: Call) -> np.ndarray:
-    """x0 that a network output means."""
-    (alpha, sigma), x_t, output = coefficients(process, call.t), array(call.x_t), array(call.output)
-    return {"epsilon": (x_t - sigma * output) / alpha, "v_prediction": alpha * x_t - sigma * output, "flow": x_t - sigma * output}[process]
-
-
-def noise_in(process: str, x_t: Tensor, t: Tensor, x0: np.ndarray) -> np.ndarray:
-    alpha, sigma = coefficients(process, t)
-    return (array(x_t) - alpha * x0) / sigma
-
-
-def is_unit_noise(eps: np.ndarray) -> bool:
-    return bool(stats.kstest(eps.ravel(), "norm").pvalue > 1e-3)
 
 
 def gradient(nets: Networks, role: str, loss: Tensor) -> Tensor:
@@ -154,7 +85,7 @@ def test_student_samples_are_diffused_with_fresh_noise_to_the_chosen_levels(proc
     assert 299.5 <= t.min() < 350 and 550 < t.max() <= 600.5
     eps = noise_in(process, fake_score[0].x_t, fake_score[0].t, x0_of(process, student[-1]))
     assert is_unit_noise(eps)
-    assert abs(np.corrcoef(eps.ravel(), array(student[0].x_t).ravel())[0, 1]) < 4 / np.sqrt(eps.size)
+    assert uncorrelated(eps, array(student[0].x_t))
 
 
 # ------------------------------------------------------------------------------------------------ turns and roles
@@ -226,7 +157,7 @@ def test_inputs_of_inner_steps_are_the_students_own(process: str, sampling: Any)
     method, visited = DMD2(timesteps=INNER, gan_weight=0, sampling=sampling), set()
     nets = networks(process, method)
     student = record(nets.student)
-    for step in range(30):
+    for step in range(16):
         student.clear()
         with nets.only_trains(("student",)):
             x0 = method.generate(nets, batch(step))
@@ -238,7 +169,10 @@ def test_inputs_of_inner_steps_are_the_students_own(process: str, sampling: Any)
         for before, after in zip(student, student[1:]):
             eps = noise_in(process, after.x_t, after.t, x0_of(process, before))
             carried = noise_in(process, before.x_t, before.t, x0_of(process, before))
-            assert is_unit_noise(eps) if sampling == "sde" else np.allclose(eps, carried, rtol=1e-3, atol=1e-3 * np.abs(carried).max())
+            if sampling == "sde":
+                assert is_unit_noise(eps) and uncorrelated(eps, array(before.x_t)) and uncorrelated(eps, array(student[0].x_t))
+            else:
+                np.testing.assert_allclose(eps, carried, rtol=1e-3, atol=1e-3 * np.abs(carried).max())
         np.testing.assert_allclose(array(x0), x0_of(process, student[-1]), rtol=1e-3, atol=1e-4 * float(x0.detach().abs().max()))
     assert visited == {0, 1, 2, 3}
 
@@ -360,7 +294,7 @@ def test_real_and_fake_have_timesteps_and_noise_of_their_own(process: str) -> No
     for i, eps in enumerate(noises):
         assert is_unit_noise(eps)
         for j in range(i):
-            assert abs(np.corrcoef(eps.ravel(), noises[j].ravel())[0, 1]) < 4 / np.sqrt(eps.size)
+            assert uncorrelated(eps, noises[j])
             assert not (pairs[i][1] == pairs[j][1]).any()
     assert max(float(t.max()) for _, t in pairs[1:]) <= 400 < float(denoised[0].t.max())
 
@@ -417,7 +351,12 @@ def test_learning_rates_fall_back_to_the_next_network() -> None:
         ({"gan_weight": float("nan")}, "gan_weight: got nan; 0 or more"),
         ({"discriminator_weight": -1.0}, "discriminator_weight: got -1.0; 0 or more"),
         ({"r1_weight": -1.0}, "r1_weight: got -1.0; 0 or more"),
-        ({"discriminator": "none"}, "discriminator: got 'none'; accepted: fake_score, teacher, own"),
+        ({"discriminator": "none"}, "discriminator: got 'none'; accepted: 'fake_score', 'teacher', 'own'"),
+        ({"sampling": "ddim"}, "sampling: got 'ddim'; accepted: 'sde', 'ode'"),
+        ({"gan_weighting": "none"}, "gan_weighting: got 'none'; accepted: 'fixed', 'relative'"),
+        ({"fake_score_loss": "x0"}, "fake_score_loss: got 'x0'; accepted: 'network', 'sample', "),
+        ({"timestep_shift": 0.0}, "timestep_shift: got 0.0; a number above 0"),
+        ({"r1_std": 0.0}, "r1_std: got 0.0; a number above 0"),
     ],
 )
 def test_wrong_settings_are_input_errors(settings: dict[str, Any], message: str) -> None:

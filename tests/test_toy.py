@@ -8,13 +8,13 @@ so the mean of alpha^2 / sigma^2 (fake - real) d x0 is the gradient of a diverge
 """
 
 import math
-from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
-from torch import Tensor, nn
+from torch import Tensor
 from toy import TEACHERS, GaussianMixture, ToyNetwork, denoiser_of, energy_distance, network_output, scheduler_of
 
 from diffusion_distill.denoiser import Denoiser
@@ -22,6 +22,7 @@ from diffusion_distill.losses import surrogate
 from diffusion_distill.methods import DMD2, Batch
 from diffusion_distill.networks import Networks, trainable_copy
 from diffusion_distill.random import SampleRandom
+from diffusion_distill.sampler import ode_sample, uniform_timesteps
 from diffusion_distill.schedule import NoiseSchedule
 from diffusion_distill.score_distillation import denoising_score_matching, real_and_fake
 
@@ -118,8 +119,8 @@ def kl_gradient(teacher: str, mu: float, s: float, t: int, step: float = 1e-3) -
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("t", [300, 600])
 def test_fake_minus_real_is_the_gradient_of_the_kl(teacher: str, t: int) -> None:
-    """Within 4 standard errors of 40,000 draws, for the mean and the width of the student, and one step downhill goes down."""
-    mu, s, count = 1.6, 0.5, 40_000
+    """Mean and width of the student, within 4 standard errors (each under 5 % of the value); one step downhill lowers the KL."""
+    mu, s, count = 1.6, 0.5, 100_000
     z, eps = torch.randn(2, count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
     real_net, fake_net = one_dimensional(teacher), gaussian(teacher, mu, s)
     timesteps, x0 = torch.full((count,), t), mu + s * z
@@ -170,59 +171,73 @@ def test_the_exact_network_minimises_denoising_score_matching(teacher: str) -> N
 
 # ------------------------------------------------------------------------------------------------ training
 
-CORNERS = torch.tensor([[-1.2, -0.6], [1.0, 0.9], [0.9, -1.0]])
-INNER = {"epsilon": 749.0, "v_prediction": 999.0, "flow_prediction": 1000.0}  # an epsilon network cannot start where alpha is near 0
+BEADS = torch.linspace(-1, 1, 9)  # nine Gaussians strung along an S
+FIRST = {"epsilon": 599.0, "v_prediction": 999.0, "flow_prediction": 1000.0}  # an epsilon network cannot start where alpha is near 0
+FOUR = {"epsilon": (599.0, 449.0, 299.0, 149.0)}
 
 
-def square(teacher: str) -> Denoiser:
-    return denoiser_of(teacher, mixture(teacher, CORNERS, torch.tensor([0.25, 0.35, 0.2]), torch.tensor([0.4, 0.35, 0.25])))
+def s_curve(teacher: str) -> Denoiser:
+    means = torch.stack([1.5 * BEADS, 1.2 * torch.sin(3 * BEADS)], 1)
+    return denoiser_of(teacher, mixture(teacher, means, torch.full((9,), 0.1), torch.full((9,), 1 / 9)))
 
 
-def labels(count: int, slots: range) -> Tensor:
-    """Every component and the unconditional label in turn."""
-    return torch.tensor([slot % 4 for slot in slots[:count]])
+def unlabelled(count: int) -> dict[str, Tensor]:
+    return {"label": torch.full((count,), len(BEADS))}
 
 
-def fit(net: nn.Module, steps: int, loss: Callable[[int], Tensor], rate: float) -> None:
-    optimizer = torch.optim.Adam(net.parameters(), rate)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
-
-
-def pretrained(teacher: Denoiser, steps: int = 1000, size: int = 256) -> Denoiser:
-    """A small network fitted to the exact teacher at its own noised samples."""
-    generator = torch.Generator().manual_seed(0)
+@cache
+def pretrained(teacher: str, steps: int = 1000, size: int = 256) -> Denoiser:
+    """A small network fitted to the exact teacher at its own noised samples: what student and fake score start from."""
+    exact, label, generator = s_curve(teacher), unlabelled(size)["label"], torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    net = denoiser_of(teacher.prediction_type, ToyNetwork(2, len(CORNERS)))
-    label = labels(size, range(size))
-
-    def loss(step: int) -> Tensor:
-        x0, eps = teacher.model.sample(label, generator), torch.randn(size, 2, generator=generator)
-        t = teacher.schedule.timestep(torch.rand(size, generator=generator))
-        x_t = teacher.schedule.add_noise(x0, eps, t)
-        return (net.model(x_t, t, label) - teacher.model(x_t, t, label).float()).square().mean()
-
-    fit(net, steps, loss, 5e-3)
-    return net
-
-
-def distil(method: DMD2, teacher: Denoiser, start: Denoiser, steps: int = 400, size: int = 128) -> Networks:
-    """The loop in its shortest form: only the named roles train, each with its own optimizer."""
-    nets = Networks(teacher=teacher, student=trainable_copy(start), fake_score=trainable_copy(start))
-    optimizers = {role: torch.optim.Adam(nets.parameters(role).values(), 1e-3, betas=(0.0, 0.999)) for role in nets.trained_roles}
-    cond, uncond = {"label": labels(size, range(size))}, {"label": torch.full((size,), len(CORNERS))}
+    net = ToyNetwork(2, len(BEADS))
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3, fused=True)
     for step in range(steps):
-        batch = Batch(cond, uncond, (2,), SampleRandom((), range(size)))
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        x0, eps = exact.model.sample(label, generator), torch.randn(size, 2, generator=generator)
+        t = exact.schedule.timestep(torch.rand(size, generator=generator))
+        x_t = exact.schedule.add_noise(x0, eps, t)
+        (net(x_t, t, label) - exact.model(x_t, t, label).float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return denoiser_of(teacher, net)
+
+
+def distil(method: DMD2, teacher: str, steps: int = 300, size: int = 96, rate: float = 1e-3, seed: int = 0) -> Networks:
+    """The loop in its shortest form: the named roles train, each with its own optimizer; the fake score at four times the rate."""
+    start = pretrained(teacher)
+    nets = Networks(teacher=s_curve(teacher), student=trainable_copy(start), fake_score=trainable_copy(start))
+    rates = {"student": rate, "fake_score": 4 * rate}
+    optimizers = {role: torch.optim.Adam(nets.parameters(role).values(), betas=(0.0, 0.999), fused=True) for role in rates}
+    for step in range(steps):
+        batch = Batch(unlabelled(size), unlabelled(size), (2,), SampleRandom((), range(size)))
         for turn, (roles, loss_fn) in enumerate(method.updates(step)):
-            batch.random = SampleRandom((step, turn), range(size))
+            batch.random = SampleRandom((seed, step, turn), range(size))
             with nets.only_trains(roles):
                 loss_fn(nets, batch)[0].backward()
             for role in roles:
-                optimizers[role].param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+                optimizers[role].param_groups[0]["lr"] = rates[role] * (1 - step / steps)
                 optimizers[role].step()
                 optimizers[role].zero_grad()
     return nets
+
+
+def distances(method: DMD2, teacher: str, nets: Networks, count: int = 3000) -> tuple[float, float]:
+    """Energy distance to the data of the student's samples and of the teacher's own Euler (DDIM) samples in as many steps."""
+    generator, schedule = torch.Generator().manual_seed(1), nets.teacher.schedule
+    data = nets.teacher.model.sample(unlabelled(count)["label"], generator)
+    noise = torch.randn(count, 2, generator=generator)
+    grid = uniform_timesteps(schedule, len(method.sampler(schedule).timesteps))
+    euler = ode_sample(nets.teacher, noise, unlabelled(count), grid)
+    student = method.sampler(schedule).sample(nets.student, noise, unlabelled(count), lambda x: torch.randn(x.shape, generator=generator))
+    return energy_distance(student, data), energy_distance(euler, data)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize(("steps", "factor"), [(1, 15), (4, 2)])
+def test_student_beats_the_teacher_at_as_many_steps(teacher: str, steps: int, factor: float) -> None:
+    """Image-free DMD2 from the exact teacher: over seeds 23 to 50 times closer to the data in one step, 3 to 6 in four."""
+    timesteps = (FIRST[teacher],) if steps == 1 else FOUR.get(teacher, ())
+    method = DMD2(steps, timesteps, guidance_scale=1.0, gan_weight=0.0, student_update_interval=2, last_step_share=0.7)
+    student, euler = distances(method, teacher, distil(method, teacher))
+    assert student < euler / factor

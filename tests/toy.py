@@ -78,6 +78,7 @@ class ToyNetwork(nn.Module):
 
     def __init__(self, dimension: int, components: int, width: int = 64):
         super().__init__()
+        self.components = components
         self.embed = nn.Embedding(components + 1, 8)
         sizes = (dimension + 8 + 8, width, width)
         self.hidden = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in zip(sizes, sizes[1:]))
@@ -93,7 +94,7 @@ class ToyNetwork(nn.Module):
 
 
 class ToyFamily(Family):
-    """Adapter of both networks. Where a method takes a pipeline, it takes the `GaussianMixture`."""
+    """Adapter of both networks; only `ToyNetwork` has features. In place of a pipeline it takes the `GaussianMixture`."""
 
     name: ClassVar = "toy"
     pipelines: ClassVar = ()
@@ -110,10 +111,10 @@ class ToyFamily(Family):
     def sample_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, ...]:
         return (pipe.means.shape[1],)
 
-    def encode_conditions(self, pipe: Any, conditions: Sequence[Any]) -> Cond:
+    def encode_conditions(self, pipe: Any, conditions: Sequence[Any], resolution: int | None = None) -> Cond:
         return {"label": torch.tensor([int(c) for c in conditions])}
 
-    def unconditional(self, pipe: Any, batch_size: int) -> Cond:
+    def unconditional(self, pipe: Any, batch_size: int, resolution: int | None = None) -> Cond:
         return {"label": torch.full((batch_size,), pipe.components)}
 
     def condition_vector(self, model: nn.Module, cond: Cond) -> Tensor:

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..errors import reject
 from ..families import Cond
 from ..networks import Networks
 from ..random import SampleRandom
@@ -29,6 +30,15 @@ class Batch:
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # scalar to minimise, scalars to log
 Update = tuple[tuple[str, ...], Callable[[Networks, Batch], Loss]]
+
+
+def check_choices(method: object) -> None:
+    """Raise InputError for a `Literal` field of a dataclass that holds none of its values; Python does not look."""
+    hints = get_type_hints(type(method))
+    for f in fields(method):  # type: ignore[arg-type]
+        choices, value = get_args(hints[f.name]), getattr(method, f.name)
+        if get_origin(hints[f.name]) is Literal and value not in choices:
+            raise reject(f.name, value, "accepted: " + ", ".join(map(repr, choices)))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import agreement, approximate_r1, denoising_score_matching, real_and_fake
-from .base import Batch, Loss, Method, Update
+from .base import Batch, Loss, Method, Update, check_choices
 
 
 @dataclass
@@ -75,6 +75,7 @@ class DMD2(Method):
     """Standard deviation of the perturbation in the approximate R1 penalty."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         self.timesteps = tuple(self.timesteps)
         if not 0 <= self.min_level < self.max_level <= 1:
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
@@ -88,8 +89,9 @@ class DMD2(Method):
         for name in ("guidance_scale", "gan_weight", "discriminator_weight", "r1_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise reject(name, getattr(self, name), "0 or more")
-        if self.discriminator not in DISCRIMINATORS:
-            raise reject("discriminator", self.discriminator, "accepted: " + ", ".join(DISCRIMINATORS))
+        for name in ("timestep_shift", "r1_std", "normalizer_floor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:
