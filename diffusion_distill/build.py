@@ -1,8 +1,14 @@
 """From a pretrained pipeline to the networks of a method."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import HF_MODULES_CACHE
+from filelock import FileLock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -23,18 +29,22 @@ def load_pipeline(teacher: TeacherConfig) -> Any:
     Raises:
         InputError: when diffusers cannot load it, with its reason in one line.
     """
-    from diffusers import DiffusionPipeline
-
+    options = {"revision": teacher.revision, "variant": teacher.variant, "trust_remote_code": teacher.trust_remote_code}
     try:
-        return DiffusionPipeline.from_pretrained(
-            teacher.pretrained_model_name_or_path,
-            revision=teacher.revision,
-            variant=teacher.variant,
-            trust_remote_code=teacher.trust_remote_code,
-        )
+        with _pipeline_code_to_itself() if teacher.trust_remote_code else nullcontext():
+            return DiffusionPipeline.from_pretrained(teacher.pretrained_model_name_or_path, **options)
     except (OSError, ValueError, AttributeError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"pretrained_model_name_or_path: cannot load {teacher.pretrained_model_name_or_path!r}: {reason}") from error
+
+
+@contextmanager
+def _pipeline_code_to_itself() -> Iterator[None]:
+    """diffusers copies a folder's own code into a cache that all processes share, at every load: another could read half of it."""
+    cache = Path(HF_MODULES_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "loading.lock"):
+        yield
 
 
 def teacher_denoiser(pipe: Any) -> Denoiser:

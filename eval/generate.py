@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from command_line import InputError, reject
 from diffusers import DiffusionPipeline
+from diffusers.utils import HF_MODULES_CACHE
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,7 +45,10 @@ def load_pipeline(folder: Path, trust_remote_code: bool, device: str = "auto") -
     name = json.loads(index.read_text())["_class_name"]
     if isinstance(name, list) and not trust_remote_code:
         raise InputError(f"folder: {folder} brings its own pipeline code ({name[0]}.py); read it and pass --trust_remote_code")
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    # diffusers copies a folder's own code into a cache that all processes share: another could read half of it
+    with FileLock(Path(HF_MODULES_CACHE, "loading.lock")):
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if "class_labels" not in inspect.signature(pipe.__call__).parameters:
         raise reject("pipeline", type(pipe).__name__, "a pipeline that takes class_labels is needed")
     denoising_network(pipe)

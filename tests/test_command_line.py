@@ -1,6 +1,7 @@
 """`train/dmd2.py` and `diffusion-distill` from flags to an exported student, and one line for everything a user can get wrong."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from diffusers import DDPMPipeline, DiffusionPipeline, KarrasVeScheduler
 from PIL import Image
 from tiny_pipelines import class_conditional
 
+from diffusion_distill.build import load_pipeline
 from diffusion_distill.cli import train
-from diffusion_distill.config import run_cli
+from diffusion_distill.config import TeacherConfig, run_cli
 from diffusion_distill.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,23 @@ def test_from_flags_to_a_student_that_diffusers_loads(tmp_path: Path, teacher: P
     pipe = DiffusionPipeline.from_pretrained(student, trust_remote_code=True)
     assert len(pipe(class_labels=[1, 2]).images) == 2
     assert "trust_remote_code=True" in (student / "README.md").read_text()
+
+
+def load_often(folder: str) -> None:
+    for _ in range(40):
+        for name in [name for name in sys.modules if name.startswith("diffusers_modules.local")]:
+            del sys.modules[name]  # as in a process that loads for the first time
+        load_pipeline(TeacherConfig(folder, trust_remote_code=True))
+
+
+def test_processes_that_load_a_pipeline_with_code_of_its_own_do_not_disturb_each_other(teacher: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=load_often, args=(str(teacher),)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
 
 
 def test_every_recipe_is_a_configuration_of_its_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
