@@ -3,8 +3,9 @@
     python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu.json
 
 Turn and floor are measured in the same run, interleaved, as process CPU time (on CUDA: wall time between two
-synchronisations), and each figure is the median over repeats. The floor of a turn is what its hooks saw: so many forward
-passes without gradient, so many with, and one backward pass through the latter, on the bare diffusers module.
+synchronisations), and each figure is the median over repeats. The floor of a turn is what its hooks saw, on the bare diffusers
+module and in the order that the turn cannot avoid: the forward passes with gradient, then those without (their memory comes on top of
+the graph's), then the backward pass. `separate` is the sum of the same passes run one by one, which leaves that memory out.
 """
 
 import json
@@ -102,14 +103,16 @@ class Turn:
             handle.remove()
         return found[False], found[True]
 
-    def bare_forward(self) -> None:
-        with torch.no_grad():
-            self._call(self.nets.teacher.model)
-
-    def bare_forward_backward(self) -> None:
+    def bare_passes(self, forward: int, forward_backward: int) -> None:
+        """So many forward passes with gradient, so many without, and one backward pass through the former."""
         model = self.nets.student.model
         with self.nets.only_trains(("student",)):
-            self._call(model).square().mean().backward()
+            outputs = [self._call(model) for _ in range(forward_backward)]
+            with torch.no_grad():
+                for _ in range(forward):
+                    self._call(self.nets.teacher.model)
+            if outputs:
+                torch.stack(outputs).square().mean().backward()
         for p in model.parameters():
             p.grad = None
 
@@ -120,14 +123,20 @@ class Turn:
 def measure(turn: Turn, repeats: int) -> dict[str, Any]:
     """Median milliseconds of the turn and of its floor, measured in turn."""
     forward, both = turn.passes()
-    times: dict[str, list[float]] = {"measured": [], "forward": [], "forward_backward": []}
+    runs = {
+        "measured": turn.run,
+        "floor": lambda: turn.bare_passes(forward, both),
+        "forward": lambda: turn.bare_passes(1, 0),
+        "forward_backward": lambda: turn.bare_passes(0, 1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        times["measured"].append(seconds(turn.run))
-        times["forward"].append(seconds(turn.bare_forward))
-        times["forward_backward"].append(seconds(turn.bare_forward_backward))
+        for name, run in runs.items():
+            times[name].append(seconds(run))
     ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    floor = forward * ms["forward"] + both * ms["forward_backward"]
-    return {**ms, "forward_passes": forward, "forward_backward_passes": both, "floor": floor, "over_floor": ms["measured"] / floor}
+    separate = forward * ms["forward"] + both * ms["forward_backward"]
+    passes = {"forward_passes": forward, "forward_backward_passes": both}
+    return ms | passes | {"separate": separate, "over_floor": ms["measured"] / ms["floor"], "over_separate": ms["measured"] / separate}
 
 
 def main() -> None:
@@ -140,7 +149,9 @@ def main() -> None:
         for index, (roles, _) in enumerate(method.updates(0)):
             row = {"method": name, "turn": "+".join(roles), **measure(Turn(pipe, method, index, config.batch_size), config.repeats)}
             rows.append(row)
-            print(f"{name:8} {row['turn']:12} {row['floor']:8.1f} ms floor, {row['over_floor']:.3f} x", flush=True)
+            print(
+                f"{name:8} {row['turn']:12} {row['floor']:8.1f} ms floor, {row['over_floor']:.3f} x ({row['over_separate']:.3f} x separate)"
+            )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(config.output), {"device": device, "threads": torch.get_num_threads(), "rows": rows, **provenance()})
