@@ -111,6 +111,7 @@ class Trainer:
         config, data = self.config, self._data()
         ready = [self._prepare(raw) for raw in itertools.islice(data, 1)]  # data that cannot be used stops the run before it begins
         self._conditions(self.validation_conditions())
+        self.accelerator.wait_for_everyone()  # a slower process must not find run.json and take it for another run's
         if self.accelerator.is_main_process:
             self._start_log()
         if config.report_to:
