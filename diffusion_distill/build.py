@@ -1,6 +1,7 @@
 """From a pretrained pipeline to the networks of a method."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,26 +65,31 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, 0x1217))
         for role in method.copies:
-            roles[role] = _trained(teacher, config)
+            roles[role] = _trained(teacher, config, method.student_model if role in method.student_roles else None)
         x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=pipe.device)
         t = teacher.schedule.timestep(torch.full((1,), 0.5, device=pipe.device))
         with torch.no_grad():
             roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
     if bf16:
         teacher.model.to(torch.bfloat16)
-    return Networks(teacher=teacher, **roles)
+    nets = Networks(teacher=teacher, **roles)
+    nets.add(**{role: copy.deepcopy(nets.student) for role in method.followers})
+    nets.add(**method.views(nets))
+    return nets
 
 
-def _trained(teacher: Denoiser, config: TrainConfig) -> nn.Module:
-    copy: Any = trainable_copy(teacher)
-    copy.family = teacher.family
+def _trained(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Module], nn.Module] | None) -> nn.Module:
+    copied: Any = trainable_copy(teacher)
+    copied.family = teacher.family
+    if changed is not None:
+        copied.model = changed(copied.model).float().requires_grad_(True).train()
     if config.gradient_checkpointing:
-        copy.model.enable_gradient_checkpointing()
+        copied.model.enable_gradient_checkpointing()
     if config.lora_rank:
-        copy.requires_grad_(False)
+        copied.requires_grad_(False)
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha or config.lora_rank, target_modules=list(teacher.family.lora_targets)
         )
-        inject_adapter_in_model(lora, copy.model)
-    trained: nn.Module = copy
+        inject_adapter_in_model(lora, copied.model)
+    trained: nn.Module = copied
     return trained

@@ -19,6 +19,12 @@ class Networks:
         for net in roles.values():
             net.requires_grad_(False)
 
+    def add(self, **roles: nn.Module) -> None:
+        """Further roles that never train on their own account: copies that follow another role, and views of others."""
+        for role, net in roles.items():
+            net.requires_grad_(False)
+            self._roles[role] = net
+
     def __getattr__(self, role: str) -> Any:
         if role.startswith("_") or role not in self._roles:
             raise AttributeError(f"no network plays the role {role!r}; there are {', '.join(self._roles)}")

@@ -25,7 +25,11 @@ def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
     """Step -> multiplier of the peak learning rate, as diffusers' `get_scheduler` defines it. A function: nothing to resume."""
     unused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(
-        config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        config.lr_scheduler,
+        unused,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return factor

@@ -20,10 +20,14 @@ class TrainConfig:
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-5
     """Peak learning rate of the student, and of every network that the method gives none of its own."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant_with_warmup"
+    )
     """Learning-rate schedule over `max_train_steps`, as diffusers defines it."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up."""
+    lr_num_cycles: int = 1
+    """Hard restarts of `cosine_with_restarts`."""
     adam_beta1: float = 0.9
     """AdamW: decay of the first moment."""
     adam_beta2: float = 0.999
@@ -72,7 +76,7 @@ class TrainConfig:
         if self.mixed_precision == "fp16":
             raise InputError(FP16_REFUSED)
         at_least = {"max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
-        at_least |= {"lora_rank": 0, "checkpointing_steps": 0, "validation_steps": 0, "num_validation_images": 1, "lr_warmup_steps": 0}
+        at_least |= {"lora_rank": 0, "checkpointing_steps": 0, "validation_steps": 0, "num_validation_images": 1, "lr_warmup_steps": 0, "lr_num_cycles": 1}
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise reject(name, getattr(self, name), f"{minimum} or more")

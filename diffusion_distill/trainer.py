@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,10 @@ class Trainer:
         pipe.to(self.device)
         self.family = family_of(pipe)
         teacher = teacher_denoiser(pipe)
-        self.sampler = method.sampler(teacher.schedule)
-        self.sampler.validate(teacher.schedule, teacher.prediction_type)
+        self.samplers = method.samplers(teacher.schedule)
+        self.sampler = self.samplers[0]
+        for sampler in self.samplers:
+            sampler.validate(teacher.schedule, teacher.prediction_type)
         self.resolution, self.sample_shape = resolution, self.family.sample_shape(pipe, resolution)
         self.uncond = self.family.unconditional(pipe, 1, resolution)
         self.settings = to_mapping(method, config) | (settings or {})
@@ -93,7 +96,8 @@ class Trainer:
             role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
         }
         self.lr_factor = learning_rate_factor(config)
-        self.ema = EMA(self.nets.parameters("student"), config.ema_decay) if config.ema_decay else None
+        averaged = method.student_roles if config.ema_decay else ()
+        self.emas = {role: EMA(self.nets.parameters(role), config.ema_decay) for role in averaged}
         self.step = 0
         if config.resume_from_checkpoint:
             self.load(resolve_checkpoint(self.output_dir, config.resume_from_checkpoint))
@@ -148,8 +152,11 @@ class Trainer:
                         key = f"{roles[0]}/{name}"
                         logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
             logs |= {f"{role}/grad_norm": self._optimize(role) for role in roles}
-            if "student" in roles and self.ema:
-                self.ema.update()
+            for role in roles:
+                if role in self.emas:
+                    self.emas[role].update()
+            if "student" in roles:
+                self._update_followers()
         self.step += 1
         return logs
 
@@ -167,6 +174,17 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def _update_followers(self) -> None:
+        student = list(self.nets.parameters("student").values())
+        for role, decay in self.method.followers.items():
+            torch._foreach_lerp_(list(self._follower(role).values()), student, 1 - decay)
+
+    def _follower(self, role: str) -> dict[str, Tensor]:
+        """What moves in a follower: the parameters that train in the student."""
+        own = dict(getattr(self.nets, role).named_parameters())
+        return {name: own[name].detach() for name in self.nets.parameters("student")}
 
     def _base_rate(self, role: str) -> float:
         return self.method.learning_rate(role) or self.config.learning_rate
@@ -191,10 +209,11 @@ class Trainer:
     def _batch(self, raw: MicroBatch) -> Batch:
         image = raw["image"]
         cond, uncond = self._conditions(raw["condition"])
-        x0 = None if image is None else self.family.encode_images(self.pipe, image.to(self.device))
+        x0, noise = (None if raw.get(key) is None else raw[key].to(self.device) for key in ("x0", "noise"))
+        x0 = x0 if image is None else self.family.encode_images(self.pipe, image.to(self.device))
         if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:
             raise reject("resolution", tuple(x0.shape[1:]), f"the student samples {self.sample_shape}; set the same resolution for both")
-        return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0)
+        return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0, noise)
 
     def _conditions(self, conditions: Sequence[Any]) -> tuple[Cond, Cond]:
         uncond = {name: value.expand(len(conditions), *value.shape[1:]) for name, value in self.uncond.items()}
@@ -206,7 +225,7 @@ class Trainer:
     def release(self) -> None:
         """Free what only training needs, so that the student can be loaded a second time beside this one."""
         self.optimizers.clear()
-        self.nets.keep(("student", "teacher"))
+        self.nets.keep((*self.method.student_roles, "student", "teacher"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -231,7 +250,10 @@ class Trainer:
 
     def student_weights(self) -> Any:
         """Context in which the student holds what is exported: its moving average, if there is one."""
-        return self.ema.applied() if self.ema else torch.no_grad()
+        stack = ExitStack()
+        for ema in self.emas.values():
+            stack.enter_context(ema.applied())
+        return stack
 
     def validation_conditions(self) -> list[Any]:
         """`num_validation_images` conditions for sample grids."""
@@ -277,7 +299,7 @@ class Trainer:
     def _start_log(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         run = {"method": type(self.method).__name__, "settings": self.settings, "world_size": parallel.world_size()}
-        run |= {"sampler": self.sampler.as_dict(), "device": str(self.device), **provenance()}
+        run |= {"samplers": [sampler.as_dict() for sampler in self.samplers], "device": str(self.device), **provenance()}
         write_json(self.output_dir / "run.json", run)
         path = self.output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -303,9 +325,10 @@ class Trainer:
                 parameters = self.nets.parameters(role)
                 tensors[role] = {name: p.detach() for name, p in parameters.items()}
                 tensors[f"{role}.optimizer"], scalars[role] = optimizer_tensors(self.optimizers[role], list(parameters))
-            if self.ema:
-                tensors["student.ema"] = self.ema.average
-            state = {"step": self.step, "optimizers": scalars, "ema_updates": self.ema.updates if self.ema else 0}
+            tensors |= {f"{role}.ema": ema.average for role, ema in self.emas.items()}
+            tensors |= {role: self._follower(role) for role in self.method.followers}
+            updates = {role: ema.updates for role, ema in self.emas.items()}
+            state = {"step": self.step, "optimizers": scalars, "ema_updates": updates}
             state |= {"settings": self.settings, "method": type(self.method).__name__, "world_size": parallel.world_size()}
             save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
@@ -330,10 +353,13 @@ class Trainer:
             for name, p in parameters.items():
                 p.copy_(tensors[role][name])
             load_optimizer_tensors(self.optimizers[role], list(parameters), tensors[f"{role}.optimizer"], state["optimizers"][role])
-        if self.ema:
-            self.ema.updates = state["ema_updates"]
-            for name, average in self.ema.average.items():
-                average.copy_(tensors["student.ema"][name])
+        for role, ema in self.emas.items():
+            ema.updates = state["ema_updates"][role]
+            for name, average in ema.average.items():
+                average.copy_(tensors[f"{role}.ema"][name])
+        for role in self.method.followers:
+            for name, value in self._follower(role).items():
+                value.copy_(tensors[role][name])
         self.step = state["step"]
 
 

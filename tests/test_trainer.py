@@ -75,7 +75,7 @@ def test_a_run_leaves_its_record_its_metrics_and_its_pictures(tmp_path: Path) ->
     run.train()
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["method"] == "DMD2" and record["settings"]["learning_rate"] == 1e-3 and record["packages"]["torch"]
-    assert record["sampler"] == {"timesteps": [1000.0, 500.0], "kind": "sde", "guidance_scale": 1.0}
+    assert record["samplers"] == [{"timesteps": [1000.0, 500.0], "kind": "sde", "guidance_scale": 1.0}]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"student/loss", "student/gap", "fake_score/denoising", "student/grad_norm", "lr/student"} <= lines[-1].keys()

@@ -24,7 +24,8 @@ class Batch:
     uncond: Cond
     sample_shape: tuple[int, ...]  # of one sample, without the batch dimension
     random: SampleRandom
-    x0: Tensor | None = None  # (B, ...) encoded images, where the method asks for images
+    x0: Tensor | None = None  # (B, ...) encoded images, or the teacher's samples, where the method asks for images or pairs
+    noise: Tensor | None = None  # (B, ...) the noise from which the teacher drew x0, where the method asks for pairs
     carried: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,8 +49,23 @@ class Method(ABC):
     copies: ClassVar[tuple[str, ...]] = ("student",)  # trained roles that start as a copy of the teacher
 
     @property
+    def student_roles(self) -> tuple[str, ...]:
+        """The trained roles that together are the student, each with a moving average of its own."""
+        return ("student",)
+
+    @property
+    def followers(self) -> dict[str, float]:
+        """Roles that are a moving average of the student, by constant decay; frozen, for targets without gradient."""
+        return {}
+
+    @property
     def needs_images(self) -> bool:
-        """Whether `Batch.x0` is read."""
+        """Whether `Batch.x0` holds encoded images."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether `Batch.noise` and `Batch.x0` hold stored pairs of the teacher."""
         return False
 
     @abstractmethod
@@ -59,6 +75,18 @@ class Method(ABC):
     @abstractmethod
     def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
         """How the student is sampled, in training and after."""
+
+    def samplers(self, schedule: NoiseSchedule) -> tuple[FewStepSampler, ...]:
+        """Every sampler that the one student serves, the default first; all of one kind, with different numbers of steps."""
+        return (self.sampler(schedule),)
+
+    def student_model(self, model: nn.Module) -> nn.Module:
+        """The diffusers network that the student trains, from a copy of the teacher's: the copy itself, unless a method changes it."""
+        return model
+
+    def views(self, nets: Networks) -> dict[str, nn.Module]:
+        """Roles that have no weights of their own, made from the others."""
+        return {}
 
     def extra_networks(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, nn.Module]:
         """Trained networks that are not copies of the teacher, sized by one example input."""
