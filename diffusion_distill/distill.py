@@ -86,7 +86,7 @@ def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> N
         export_student(
             pipe,
             trainer.nets.student,
-            trainer.sampler,
+            trainer.samplers,
             folder,
             family=trainer.family,
             info=info,
@@ -97,7 +97,7 @@ def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> N
         proof = verify_export(
             folder,
             student=trainer.nets.student,
-            sampler=trainer.sampler,
+            samplers=trainer.samplers,
             family=trainer.family,
             pipe=pipe,
             conditions=conditions[:4],

@@ -37,7 +37,7 @@ GPU_TOLERANCE = 1e-4  # kernels there may choose another order of summation in a
 def export_student(
     pipe: Any,
     student: Denoiser,
-    sampler: FewStepSampler,
+    samplers: Sequence[FewStepSampler],
     folder: str | Path,
     *,
     family: Family,
@@ -54,6 +54,7 @@ def export_student(
     Args:
         pipe: the teacher's pipeline; it is left as it is.
         student: LoRA adapters are merged in a copy.
+        samplers: every sampler that the student serves, the default first.
         info: what `distillation.json` and the model card tell besides the sampling: teacher, method, hyper_parameters, metrics,
             license, commit, packages (each may be missing).
         conditions: prompts or class labels of `images`; the first ones are the example of the model card.
@@ -66,13 +67,16 @@ def export_student(
     """
     folder = Path(folder).absolute()
     _refuse_foreign(folder)
-    scheduler = student_scheduler(student.schedule, sampler, student.prediction_type, pipe.scheduler)
-    exported = _student_pipeline(pipe, family, merged(student.model, dtype), scheduler, sampler)
-    call = _call(family, sampler, scheduler, resolution)
-    record: dict[str, Any] = {**info, "num_inference_steps": len(sampler.timesteps), "timesteps": list(sampler.timesteps)}
-    record |= {"sampling": sampler.kind, "guidance_scale": sampler.guidance_scale, "scheduler": type(scheduler).__name__}
-    record |= {"pipeline": type(pipe).__name__, "dtype": str(dtype).removeprefix("torch."), "call": call, "resolution": resolution}
-    code = usage(call, family.condition_argument(conditions[:2]), _is_custom(exported))
+    scheduler = student_scheduler(student.schedule, samplers, student.prediction_type, pipe.scheduler)
+    exported = _student_pipeline(pipe, family, merged(student.model, dtype), scheduler, samplers)
+    served = [{"timesteps": list(s.timesteps), "call": _call(family, s, scheduler, resolution)} for s in samplers]
+    if len(served) > 1:
+        for sampler in served:  # one way to ask for all of them; pipelines with defaults of their own need no more
+            sampler["call"] = {"num_inference_steps": len(sampler["timesteps"])} | sampler["call"]
+    record: dict[str, Any] = {**info, "samplers": served, "sampling": samplers[0].kind, "guidance_scale": samplers[0].guidance_scale}
+    record |= {"scheduler": type(scheduler).__name__, "pipeline": type(pipe).__name__}
+    record |= {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}
+    code = usage(served[0]["call"], family.condition_argument(conditions[:2]), _is_custom(exported))
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
     temporary.mkdir(parents=True)
@@ -102,11 +106,12 @@ def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return whole.to(dtype)
 
 
-def _student_pipeline(pipe: Any, family: Family, network: nn.Module, scheduler: SchedulerMixin, sampler: FewStepSampler) -> Any:
+def _student_pipeline(pipe: Any, family: Family, network: nn.Module, scheduler: SchedulerMixin, samplers: Sequence[FewStepSampler]) -> Any:
     """A pipeline of the class of `pipe` that shares every other component with it."""
     accepted = inspect.signature(type(pipe).__init__).parameters
     options = {name: pipe.config[name] for name in accepted if name in pipe.config and name not in pipe.components}
-    trained = {"timesteps": list(sampler.timesteps), "num_inference_steps": len(sampler.timesteps), "guidance_scale": 1.0}
+    grids = [list(sampler.timesteps) for sampler in samplers]
+    trained = {"grids": grids, "num_inference_steps": len(grids[0]), "guidance_scale": 1.0}
     options |= {name: value for name, value in trained.items() if name in accepted}  # pipelines that carry their call's defaults
     return type(pipe)(**{**pipe.components, family.component: network, "scheduler": scheduler}, **options)
 
@@ -146,7 +151,7 @@ def verify_export(
     folder: str | Path,
     *,
     student: Denoiser,
-    sampler: FewStepSampler,
+    samplers: Sequence[FewStepSampler],
     family: Family,
     pipe: Any,
     conditions: Sequence[Any],
@@ -154,7 +159,7 @@ def verify_export(
     atol: float | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Sample the folder with plain diffusers in a fresh process and compare with `sampler` on `student`, at the same noise.
+    """Sample the folder with plain diffusers in a fresh process and compare with each of `samplers` on `student`, at the same noise.
 
     All noise comes from the global generator after `torch.manual_seed(seed)`, because some pipelines (SD3) do not hand theirs
     to the scheduler. The fresh process runs in float32 and cannot import this package.
@@ -168,33 +173,41 @@ def verify_export(
         trust_remote_code: needed where the folder holds its own `pipeline.py`, whose code then runs.
 
     Returns:
-        {"max_difference", "x0_difference", "timesteps", "network_calls"}, the last two as the network saw them.
+        {"max_difference", "x0_difference", "timesteps"}: the largest of each difference, and for each sampler the timesteps that the
+        network saw.
 
     Raises:
         InputError: when the folder does not load or run.
-        RuntimeError: with the numbers, when timesteps, network calls or results are not those of `sampler`.
+        RuntimeError: with the numbers, when timesteps, network calls or results are not those of the samplers.
     """
     folder = Path(folder).absolute()
     accepted = atol if atol is not None else (CPU_TOLERANCE if pipe.device.type == "cpu" else GPU_TOLERANCE)
     _require_export(folder)
-    wanted_x0, wanted = _own_samples(folder, student, sampler, family, pipe, conditions, seed)
     request = {"folder": str(folder), "trust_remote_code": trust_remote_code, "component": family.component, "seed": seed}
     request |= {"condition": family.condition_argument(conditions), "device": str(pipe.device), "threads": torch.get_num_threads()}
-    x0, images, record = _fresh_process(request)
-    if record["foreign"]:
-        raise RuntimeError(f"export: the fresh process imported {record['foreign']}")
-    timesteps = [call["timestep"] for call in record["calls"]]
+    results, foreign = _fresh_process(request)
+    if foreign:
+        raise RuntimeError(f"export: the fresh process imported {foreign}")
+    differences = [0.0, 0.0]
+    for sampler, (x0, images, calls) in zip(samplers, results, strict=True):
+        _check_calls(calls, sampler, len(conditions))
+        wanted_x0, wanted = _own_samples(folder, student, sampler, family, pipe, conditions, seed)
+        difference, x0_difference = _largest(images - wanted), _largest(x0 - wanted_x0) / max(1.0, _largest(wanted_x0))
+        if not (difference <= accepted and x0_difference <= accepted):  # true of NaN as well
+            raise RuntimeError(f"export: images differ by {difference:.3g}, x0 by {x0_difference:.3g} of its size; accepted: {accepted:g}")
+        differences = [max(differences[0], difference), max(differences[1], x0_difference)]
+    visited = [[call["timestep"] for call in calls] for _, _, calls in results]
+    return {"max_difference": differences[0], "x0_difference": differences[1], "timesteps": visited}
+
+
+def _check_calls(calls: Sequence[Mapping[str, Any]], sampler: FewStepSampler, images: int) -> None:
+    timesteps = [call["timestep"] for call in calls]
     # sigmas travel in float32: a timestep such as 333.33 comes back with an error in its last place
     if len(timesteps) != len(sampler.timesteps) or not np.allclose(timesteps, sampler.timesteps, rtol=1e-6, atol=0):
         raise RuntimeError(f"export: the network was called at {timesteps}; the student was trained at {list(sampler.timesteps)}")
-    if any(call["batch"] != len(conditions) for call in record["calls"]):
-        batches = [call["batch"] for call in record["calls"]]
-        raise RuntimeError(f"export: the network saw batches of {batches} for {len(conditions)} images; guidance is on")
-    difference = _largest(images - wanted)
-    x0_difference = _largest(x0 - wanted_x0) / max(1.0, _largest(wanted_x0))
-    if not (difference <= accepted and x0_difference <= accepted):  # true of NaN as well
-        raise RuntimeError(f"export: images differ by {difference:.3g}, x0 by {x0_difference:.3g} of its size; accepted: {accepted:g}")
-    return {"max_difference": difference, "x0_difference": x0_difference, "timesteps": timesteps, "network_calls": len(timesteps)}
+    batches = [call["batch"] for call in calls]
+    if any(batch != images for batch in batches):
+        raise RuntimeError(f"export: the network saw batches of {batches} for {images} images; guidance is on")
 
 
 def _largest(x: np.ndarray) -> float:
@@ -221,7 +234,7 @@ def _own_samples(
     return x0.float().cpu().numpy(), images.float().cpu().numpy()
 
 
-def _fresh_process(request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _fresh_process(request: dict[str, Any]) -> "_Results":
     script = Path(__file__).with_name("export_child.py")
     with tempfile.TemporaryDirectory() as name:
         output = Path(name)
@@ -232,8 +245,17 @@ def _fresh_process(request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dic
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise InputError(f"export: {request['folder']!r} does not run with plain diffusers: {reason}")
-        record = json.loads((output / "record.json").read_text())
-        return np.load(output / "x0.npy"), np.load(output / "images.npy"), record
+        return read_results(output)
+
+
+_Results = tuple[list[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]], list[str]]
+
+
+def read_results(output: Path) -> _Results:
+    """(x0, images, network calls) for each sampler of the folder's record, and the modules of this package that were imported."""
+    record = json.loads((output / "record.json").read_text())
+    arrays = [(np.load(output / f"x0_{i}.npy"), np.load(output / f"images_{i}.npy")) for i in range(len(record["calls"]))]
+    return [(*pair, calls) for pair, calls in zip(arrays, record["calls"], strict=True)], record["foreign"]
 
 
 def push_to_hub(folder: str | Path, repo_id: str) -> str:

@@ -59,18 +59,20 @@ def main(request: dict[str, Any]) -> None:
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=request["trust_remote_code"])
     pipe.to(request["device"], torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    call = json.loads(Path(folder, "distillation.json").read_text())["call"]
     calls: list[dict[str, Any]] = []
     last: dict[str, Any] = {}
     record_network(getattr(pipe, request["component"]), calls)
     record_last_step(pipe.scheduler, last)
-    torch.manual_seed(request["seed"])
-    images = pipe(**request["condition"], **call, output_type="pt").images
-    output = Path(request["output"])
-    np.save(output / "images.npy", images.float().cpu().numpy())
-    np.save(output / "x0.npy", last["x0"].float().cpu().numpy())
+    output, all_calls = Path(request["output"]), []
+    for i, sampler in enumerate(json.loads(Path(folder, "distillation.json").read_text())["samplers"]):
+        calls.clear()
+        torch.manual_seed(request["seed"])
+        images = pipe(**request["condition"], **sampler["call"], output_type="pt").images
+        np.save(output / f"images_{i}.npy", images.float().cpu().numpy())
+        np.save(output / f"x0_{i}.npy", last["x0"].float().cpu().numpy())
+        all_calls.append(list(calls))
     foreign = [name for name in sys.modules if name.split(".")[0] == FORBIDDEN]
-    (output / "record.json").write_text(json.dumps({"calls": calls, "foreign": foreign}))
+    (output / "record.json").write_text(json.dumps({"calls": all_calls, "foreign": foreign}))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
         tags=["diffusion-distill", "distillation", "few-step"],
     )
     name = Path(teacher).name if teacher and local else teacher
-    steps = record["num_inference_steps"]
-    calls = "one network call" if steps == 1 else f"{steps} network calls"
+    counts = [len(sampler["timesteps"]) for sampler in record["samplers"]]
+    steps = "/".join(map(str, sorted(counts)))
+    calls = "one network call" if counts == [1] else f"{steps} network calls"
     method = f" with {record['method']}" if record.get("method") else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -61,8 +62,15 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
 
 def _sampling(record: Mapping[str, Any]) -> str:
     words = {"sde": "predict x0, then add fresh noise", "ode": "deterministic"}
-    grid = ", ".join(f"{t:g}" for t in record["timesteps"])
-    return f"## Sampling\nTimesteps {grid}; {record['sampling']} ({words[record['sampling']]}); scheduler `{record['scheduler']}`."
+    rows = "\n".join(_sampler_row(sampler) for sampler in record["samplers"])
+    kind = f"{record['sampling']} ({words[record['sampling']]}); scheduler `{record['scheduler']}`"
+    return f"## Sampling\n{kind}.\n\n| steps | timesteps | arguments of the call |\n|---|---|---|\n{rows}"
+
+
+def _sampler_row(sampler: Mapping[str, Any]) -> str:
+    grid = ", ".join(f"{t:g}" for t in sampler["timesteps"])
+    call = ", ".join(f"{name}={value!r}" for name, value in sampler["call"].items())
+    return f"| {len(sampler['timesteps'])} | {grid} | {f'`{call}`' if call else 'none: the defaults'} |"
 
 
 def _captions(captions: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@
 Each model is judged by `evaluate.py` into its own folder; evaluations with the same protocol that stand there are read instead.
 """
 
+import json
 import re
 import shlex
 from dataclasses import dataclass, fields
@@ -41,7 +42,7 @@ class CompareConfig(Settings):
     teacher: Path
     """Folder of the teacher."""
     students: tuple[Path, ...] = ()
-    """Folders of the students, each sampled with its own steps."""
+    """Folders of the students, each sampled with every number of steps that it serves."""
     output_dir: Path
     """Folder for report.md and the pictures."""
     teacher_num_inference_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
@@ -57,9 +58,15 @@ class CompareConfig(Settings):
     def evaluation(self, folder: Path) -> EvaluateConfig:
         """The evaluation of one of the models under the shared settings."""
         shared = {field.name: getattr(self, field.name) for field in fields(Settings)}
-        return EvaluateConfig(
-            folder=folder, num_inference_steps=self.teacher_num_inference_steps if folder == self.teacher else (), **shared
-        )
+        served = served_steps(folder)
+        steps = self.teacher_num_inference_steps if folder == self.teacher else served if len(served) > 1 else ()
+        return EvaluateConfig(folder=folder, num_inference_steps=steps, **shared)
+
+
+def served_steps(folder: Path) -> tuple[int, ...]:
+    """The numbers of steps that an exported student was trained to serve, its default first; none for other folders."""
+    record = folder / "distillation.json"
+    return tuple(len(sampler["timesteps"]) for sampler in json.loads(record.read_text())["samplers"]) if record.is_file() else ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def _labels(folders: list[Path]) -> dict[Path, str]:
 
 def _rows(config: CompareConfig, folder: Path, label: str) -> list[Row]:
     report = evaluate(config.evaluation(folder))
-    own_steps = (report["distillation"] or {}).get("num_inference_steps")
+    own_steps = next(iter(served_steps(folder)), None)
     return [Row(label, folder, result, own_steps) for result in complete_results(report)]
 
 

@@ -29,8 +29,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Args:
         unet: network with `num_class_embeds` = classes + 1; the last embedding is the unconditional one. Pixels lie in [-1, 1].
         scheduler: a DDPM-style or flow-matching scheduler.
-        timesteps: the grid that a few-step student was trained on, the default of a call; None for a many-step model.
-        num_inference_steps: default number of steps where `timesteps` is None.
+        grids: the timesteps that a few-step student was trained to visit, a list for each number of steps that it serves; the first is
+            the default of a call. None for a many-step model.
+        num_inference_steps: default number of steps where `grids` is None.
         guidance_scale: default classifier-free guidance, uncond + scale (cond - uncond); 1 is off and needs one network call a step.
     """
 
@@ -40,7 +41,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        timesteps: list[float] | None = None,
+        grids: list[list[float]] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
     ):
@@ -48,7 +49,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if not unet.config.num_class_embeds:
             raise ValueError(f"unet.num_class_embeds: got {unet.config.num_class_embeds!r}; classes + 1 is needed")
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(timesteps=timesteps, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(grids=grids, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
     @torch.no_grad()
     def __call__(
@@ -65,9 +66,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Args:
             class_labels: classes, each in 0 ... `num_class_embeds` - 2.
-            num_inference_steps: walk the scheduler's own grid of so many steps; flow matching walks sigmas 1 - i/N.
+            num_inference_steps: visit the trained grid of so many steps; where there is none, the scheduler's own, for flow matching
+                sigmas 1 - i/N.
             guidance_scale: None takes the folder's own.
-            timesteps: visit exactly these, from noise to data. With neither this nor `num_inference_steps`, the folder's grid is used.
+            timesteps: visit exactly these, from noise to data. With neither this nor `num_inference_steps`, the folder's first grid is used.
             generator: one for the whole batch, or a list with one for each image.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
             return_dict: False returns a tuple.
@@ -124,8 +126,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _set_timesteps(self, steps: int | None, timesteps: Sequence[float] | None) -> None:
         if steps is not None and timesteps is not None:
             raise ValueError("num_inference_steps and timesteps: pass one of them")
-        if steps is None and timesteps is None:
-            timesteps = self.config.timesteps
+        if timesteps is None and self.config.grids:
+            grids = {len(grid): grid for grid in reversed(self.config.grids)}
+            timesteps = self.config.grids[0] if steps is None else grids.get(steps)
         if timesteps is not None:
             self._visit_exactly(list(timesteps))
             return

@@ -36,7 +36,7 @@ def draw(pipe: Any, seed: int = 0, **call: Any) -> Tensor:
 
 def student(scheduler: Any, process: str, timesteps: list[float]) -> Any:
     teacher = class_conditional(process)
-    return pipeline_file.ClassConditionalPipeline(teacher.unet, scheduler, timesteps=timesteps, num_inference_steps=len(timesteps))
+    return pipeline_file.ClassConditionalPipeline(teacher.unet, scheduler, grids=[timesteps], num_inference_steps=len(timesteps))
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_saved_folder_is_complete_and_can_be_saved_again(tmp_path: Path) -> None
         assert torch.equal(draw(pipe), draw(first))
     index = json.loads((tmp_path / "2" / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "ClassConditionalPipeline"]
-    assert index["timesteps"] == [1000.0, 333.25] and index["num_inference_steps"] == 2
+    assert index["grids"] == [[1000.0, 333.25]] and index["num_inference_steps"] == 2
     assert (tmp_path / "2" / "pipeline.py").read_text() == Path(pipeline_file.__file__).read_text()
 
 

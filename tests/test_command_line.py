@@ -40,7 +40,7 @@ def test_from_flags_to_a_student_that_diffusers_loads(tmp_path: Path, teacher: P
     assert run("--pretrained_model_name_or_path", str(teacher), *flags) == 0
     student = tmp_path / "run" / "student"
     record = json.loads((student / "distillation.json").read_text())
-    assert record["method"] == "dmd2" and record["timesteps"] == [1000.0, 500.0] and record["teacher"] == str(teacher)
+    assert record["method"] == "dmd2" and record["samplers"][0]["timesteps"] == [1000.0, 500.0] and record["teacher"] == str(teacher)
     assert json.loads((student / "verification.json").read_text())["max_difference"] <= 1e-6
     pipe = DiffusionPipeline.from_pretrained(student, trust_remote_code=True)
     assert len(pipe(class_labels=[1, 2]).images) == 2

@@ -49,10 +49,10 @@ def student(tmp_path: Path) -> Path:
 
 def save_student(folder: Path, seed: int = 1) -> None:
     pipe = class_conditional("v_prediction", seed=seed)
-    pipe.register_to_config(timesteps=[999, 499])
+    pipe.register_to_config(grids=[[999, 499]])
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(folder)
-    (folder / "distillation.json").write_text(json.dumps({"method": "dmd2", "num_inference_steps": 2, "timesteps": [999, 499]}))
+    (folder / "distillation.json").write_text(json.dumps({"method": "dmd2", "samplers": [{"timesteps": [999, 499], "call": {}}]}))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:

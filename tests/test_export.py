@@ -43,11 +43,10 @@ INFO = {"teacher": "owner/teacher", "method": "DMD2", "hyper_parameters": {"lear
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    def run(request: dict[str, Any]) -> Any:
         with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
             export_child.main(request | {"output": name})
-            record = json.loads(Path(name, "record.json").read_text()) | {"foreign": []}
-            return np.load(Path(name, "x0.npy")), np.load(Path(name, "images.npy")), record
+            return export.read_results(Path(name))[0], []
 
     monkeypatch.setattr(export, "_fresh_process", run)
 
@@ -60,12 +59,13 @@ class Exported:
         self.family, self.conditions = family_of(self.pipe), example_conditions(self.pipe)
         schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         self.sampler = FewStepSampler(uniform_timesteps(schedule, grid) if isinstance(grid, int) else tuple(grid), kind)
+        self.samplers = [self.sampler, *options.pop("others", ())]
         self.student = options.pop("student", None) or student_of(self.pipe)
         arguments = {"family": self.family, "info": INFO, "conditions": self.conditions} | options
-        export_student(self.pipe, self.student, self.sampler, folder, **arguments)
+        export_student(self.pipe, self.student, self.samplers, folder, **arguments)
 
     def verify(self, **options: Any) -> dict[str, Any]:
-        same = {"student": self.student, "sampler": self.sampler, "family": self.family, "pipe": self.pipe}
+        same = {"student": self.student, "samplers": self.samplers, "family": self.family, "pipe": self.pipe}
         return verify_export(self.folder, **same, **({"conditions": self.conditions, "trust_remote_code": True} | options))
 
 
@@ -95,7 +95,7 @@ def student_of(pipe: Any) -> Denoiser:
 def test_diffusers_samples_what_the_trainer_samples(name: str, kind: Kind, steps: int, tmp_path: Path, in_process: None) -> None:
     exported = Exported(tmp_path / "student", PIPELINES[name], steps, kind)
     result = exported.verify(atol=1e-6)
-    assert result["timesteps"] in (GRIDS[steps]["vp"], GRIDS[steps]["flow"]) and result["network_calls"] == steps
+    assert result["timesteps"] in ([GRIDS[steps]["vp"]], [GRIDS[steps]["flow"]])
     assert exported.student.training
 
 
@@ -104,20 +104,38 @@ def test_diffusers_samples_what_the_trainer_samples(name: str, kind: Kind, steps
     ("kind", "grid"), [("sde", [399]), ("ode", [399]), ("sde", [900, 399, 20]), ("ode", [900, 399, 20]), ("ode", [999, 666, 332])]
 )
 def test_inner_and_uneven_grids(name: str, kind: Kind, grid: list[float], tmp_path: Path, in_process: None) -> None:
-    assert Exported(tmp_path / "student", PIPELINES[name], grid, kind).verify(atol=1e-6)["timesteps"] == grid
+    assert Exported(tmp_path / "student", PIPELINES[name], grid, kind).verify(atol=1e-6)["timesteps"] == [grid]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("kind", ["sde", "ode"])
+def test_one_student_serves_several_numbers_of_steps(name: str, kind: Kind, tmp_path: Path, in_process: None) -> None:
+    pipe = PIPELINES[name]()
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    others = [FewStepSampler(uniform_timesteps(schedule, steps), kind) for steps in (1, 2, 8)]
+    exported = Exported(tmp_path / "student", PIPELINES[name], 4, kind, others=others)
+    visited = exported.verify(atol=1e-6)["timesteps"]
+    assert [len(grid) for grid in visited] == [4, 1, 2, 8]
+    card = (exported.folder / "README.md").read_text()
+    assert "# 1/2/4/8-step student" in card and card.count("num_inference_steps=") >= 5
+
+
+def test_kinds_cannot_be_mixed_in_one_export(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sampling: .*one kind"):
+        Exported(tmp_path / "student", class_conditional, 4, "sde", others=[FewStepSampler((1000.0,), "ode")])
 
 
 def test_flow_timesteps_need_not_be_integers(tmp_path: Path, in_process: None) -> None:
     for build in (class_conditional, stable_diffusion_3):
         exported = Exported(tmp_path / build.__name__, build, [1000.0, 900.0 + 1 / 3, 222.2], "ode")
         # the network sees timesteps that went through float32 sigmas, and answers a little differently
-        assert exported.verify(atol=1e-5)["timesteps"] == pytest.approx([1000.0, 900.0 + 1 / 3, 222.2], rel=1e-6)
+        assert exported.verify(atol=1e-5)["timesteps"][0] == pytest.approx([1000.0, 900.0 + 1 / 3, 222.2], rel=1e-6)
 
 
 def test_fresh_process_agrees_to_the_last_digit(tmp_path: Path) -> None:
     exported = Exported(tmp_path / "student", class_conditional, [1000.0, 500.0], "sde")
     result = exported.verify(atol=0.0)
-    assert result == {"max_difference": 0.0, "x0_difference": 0.0, "timesteps": [1000.0, 500.0], "network_calls": 2}
+    assert result == {"max_difference": 0.0, "x0_difference": 0.0, "timesteps": [[1000.0, 500.0]]}
 
 
 def test_fresh_process_cannot_import_the_toolkit(tmp_path: Path) -> None:
@@ -138,7 +156,7 @@ def test_different_noise_is_seen(tmp_path: Path, in_process: None, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "file", "changes", "message"),
     [
-        ("class_conditional_flow", "model_index.json", {"timesteps": [1000.0, 499.0]}, r"called at \[1000.0, 499.0\]; .*\[1000.0, 500.0\]"),
+        ("class_conditional_flow", "model_index.json", {"grids": [[1000.0, 499.0]]}, r"called at \[1000.0, 499.0\]; .*\[1000.0, 500.0\]"),
         ("class_conditional_flow", "model_index.json", {"guidance_scale": 2.0}, "guidance is on"),
         (
             "class_conditional_flow",
@@ -148,13 +166,18 @@ def test_different_noise_is_seen(tmp_path: Path, in_process: None, monkeypatch: 
         ),
         ("class_conditional_v", "scheduler/scheduler_config.json", {"timestep_scaling": 1e-3}, "images differ by"),
         ("stable_diffusion_3", "scheduler/scheduler_config.json", {"shift": 3.0}, r"called at \[1000.0, 750.0\d*\]"),
-        ("stable_diffusion", "distillation.json", {"call": {"num_inference_steps": 3, "guidance_scale": 0}}, "called at"),
-        ("stable_diffusion", "distillation.json", {"call": {"timesteps": [999, 499], "guidance_scale": 7.5}}, "guidance is on"),
+        ("stable_diffusion", "distillation.json", {"samplers": [{"call": {"num_inference_steps": 3, "guidance_scale": 0}}]}, "called at"),
+        (
+            "stable_diffusion",
+            "distillation.json",
+            {"samplers": [{"call": {"timesteps": [999, 499], "guidance_scale": 7.5}}]},
+            "guidance is on",
+        ),
     ],
 )
 def test_a_tampered_folder_fails(name: str, file: str, changes: dict[str, Any], message: str, tmp_path: Path, in_process: None) -> None:
     exported = Exported(tmp_path / "student", PIPELINES[name], 2, "sde")
-    if "call" in changes and "num_inference_steps" in changes["call"]:  # the grid of its own that this scheduler would take
+    if message == "called at":  # the grid of its own that this scheduler would take
         (exported.folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(LCMScheduler().config)))
     path = exported.folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -204,21 +227,21 @@ def test_the_number_of_steps_alone_yields_the_trained_ddpm_grid(steps: int) -> N
     teacher = DDIMScheduler(clip_sample=True, timestep_spacing="leading")
     for kind in ("sde", "ode"):
         sampler = FewStepSampler(tuple(GRIDS[steps]["vp"]), kind)
-        found = student_scheduler(NoiseSchedule.from_scheduler(teacher), sampler, "epsilon", teacher)
+        found = student_scheduler(NoiseSchedule.from_scheduler(teacher), [sampler], "epsilon", teacher)
         found.set_timesteps(steps)
         assert found.timesteps.tolist() == GRIDS[steps]["vp"] and not found.config.clip_sample
 
 
 def test_asking_an_lcm_student_for_more_steps_is_an_error() -> None:
     teacher = DDIMScheduler()
-    found = student_scheduler(NoiseSchedule.from_scheduler(teacher), FewStepSampler((999, 749, 499, 249)), "epsilon", teacher)
+    found = student_scheduler(NoiseSchedule.from_scheduler(teacher), [FewStepSampler((999, 749, 499, 249))], "epsilon", teacher)
     with pytest.raises(ValueError, match="smaller than `num_inference_steps`"):
         found.set_timesteps(50)
 
 
 def test_lcm_boundary_condition_vanishes_in_float32() -> None:
     teacher = DDIMScheduler()
-    found = student_scheduler(NoiseSchedule.from_scheduler(teacher), FewStepSampler((999,)), "epsilon", teacher)
+    found = student_scheduler(NoiseSchedule.from_scheduler(teacher), [FewStepSampler((999,))], "epsilon", teacher)
     c_skip, c_out = found.get_scalings_for_boundary_condition_discrete(torch.arange(1, 1000))
     assert c_out.dtype == torch.float32 and bool((c_out == 1).all()) and c_skip.max() < 1e-20
 
@@ -236,13 +259,13 @@ def test_lcm_boundary_condition_vanishes_in_float32() -> None:
 )
 def test_students_without_a_stock_scheduler_are_refused(teacher: Any, sampler: FewStepSampler, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        student_scheduler(NoiseSchedule.from_scheduler(teacher), sampler, prediction_type_of(teacher), teacher)
+        student_scheduler(NoiseSchedule.from_scheduler(teacher), [sampler], prediction_type_of(teacher), teacher)
 
 
 def test_flow_schedulers_read_flow_predictions_only() -> None:
     teacher = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(InputError, match="prediction_type: got 'sample'"):
-        student_scheduler(NoiseSchedule.from_scheduler(teacher), FewStepSampler((1000.0,)), "sample", teacher)
+        student_scheduler(NoiseSchedule.from_scheduler(teacher), [FewStepSampler((1000.0,))], "sample", teacher)
 
 
 # ------------------------------------------------------------------ folder
@@ -264,7 +287,7 @@ def test_a_previous_export_is_replaced_whole_or_not_at_all(tmp_path: Path) -> No
     assert not (folder / "left-over.txt").exists()
     with pytest.raises(TypeError, match="not JSON serializable"):
         Exported(folder, class_conditional, [700.0], "sde", info={"metrics": {"distance": object()}})
-    assert json.loads((folder / "distillation.json").read_text())["timesteps"] == [1000.0, 500.0]
+    assert json.loads((folder / "distillation.json").read_text())["samplers"][0]["timesteps"] == [1000.0, 500.0]
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -279,7 +302,7 @@ def test_model_card_has_metadata_and_code_that_runs(name: str, tmp_path: Path, m
     for expected in ("DMD2", "| Frechet distance | 1.25 |", "abc123", "| learning_rate | 1e-05 |", "![samples](samples.png)"):
         assert expected in card.text
     record = json.loads((folder / "distillation.json").read_text())
-    assert record["timesteps"] == list(exported.sampler.timesteps) and record["num_inference_steps"] == 2 and record["method"] == "DMD2"
+    assert record["samplers"][0]["timesteps"] == list(exported.sampler.timesteps) and record["method"] == "DMD2"
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(code, {})
