@@ -1,60 +1,88 @@
-"""Train, export and evaluate DMD2 students on the digits test-bed, and write one row a run: the tables of docs/results.md.
+"""Train, export and evaluate students on the digits test-bed, and write one row a run: the tables of docs/results.md.
 
+    python benchmarks/digits_results.py --table final --teacher outputs/teacher-flow
     python benchmarks/digits_results.py --table tuning --training_seeds 0 --noise_seeds 0 1
-    python benchmarks/digits_results.py --table final
+    python benchmarks/digits_results.py --print                       # the table of all rows there are
 
-Runs that are there already are not repeated. Seconds are CPU seconds of the whole training process on one thread.
+A row is a chain of the project's own commands; the last one writes `{run}/student`. Runs that are there already are not repeated.
+Seconds are CPU seconds of each whole command on one thread.
 """
 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ["--config", "train/recipes/digits_dmd2.yaml"]
-GAN = ["--config", "train/recipes/digits_dmd2_gan.yaml"]
-STEPS = "--num_inference_steps"
+REFERENCE = {"teacher-flow": 0.511, "teacher-v_prediction": 0.519, "teacher-epsilon": 0.737}  # docs/results.md, Teachers
+
+
+@dataclass(frozen=True)
+class Row:
+    """Commands of one run; `{teacher}`, `{seed}`, `{run}` and `{shared}` (one folder a teacher) stand for the places."""
+
+    commands: tuple[str, ...]
+    steps: tuple[int, ...] = ()  # numbers of steps to evaluate; empty: the student's own
+
+    def with_flags(self, flags: str) -> "Row":
+        """The same with more flags on the last command."""
+        return replace(self, commands=(*self.commands[:-1], f"{self.commands[-1]} {flags}"))
+
+
+def train(script: str, recipe: str, flags: str = "", *, teacher: str = "{teacher}", folder: str = "{run}") -> str:
+    """The command that trains `recipe`."""
+    where = f"--pretrained_model_name_or_path {teacher} --trust_remote_code --output_dir {folder} --seed {{seed}}"
+    return f"train/{script}.py --config train/recipes/{recipe}.yaml {where} {flags}"
+
+
+def dmd2(flags: str, recipe: str = "digits_dmd2") -> Row:
+    return Row((train("dmd2", recipe, flags),))
+
+
 FINAL = {
-    "1 step, image-free": [*RECIPE, STEPS, "1"],
-    "2 steps, image-free": [*RECIPE, STEPS, "2"],
-    "4 steps, image-free": [*RECIPE, STEPS, "4"],
-    "1 step, GAN on real images": [*GAN, STEPS, "1"],
+    "DMD2, 1 step, image-free": dmd2("--num_inference_steps 1"),
+    "DMD2, 2 steps, image-free": dmd2("--num_inference_steps 2"),
+    "DMD2, 4 steps, image-free": dmd2("--num_inference_steps 4"),
+    "DMD2, 1 step, GAN on real images": dmd2("--num_inference_steps 1", "digits_dmd2_gan"),
+    "DMD2, 2 steps, GAN on real images": dmd2("--num_inference_steps 2", "digits_dmd2_gan"),
+    "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
 }
-SHORT = [*FINAL["1 step, image-free"], "--max_train_steps", "1000"]
-GAN_SHORT = [*FINAL["1 step, GAN on real images"], "--max_train_steps", "1000"]
+SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000")
+GAN_SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000", "digits_dmd2_gan")
+TWO_STEPS = FINAL["DMD2, 2 steps, image-free"]
 
 
-def rates(student: str, fake_score: str) -> list[str]:
-    return ["--learning_rate", student, "--fake_score_learning_rate", fake_score]
+def rates(student: str, fake_score: str) -> str:
+    return f"--learning_rate {student} --fake_score_learning_rate {fake_score}"
 
 
 TUNING = {
     "recipe": SHORT,
-    "learning rates 5e-5, 2e-4": [*SHORT, *rates("5e-5", "2e-4")],
-    "learning rates 5e-5, 2e-4; beta1 0.9": [*SHORT, *rates("5e-5", "2e-4"), "--adam_beta1", "0.9"],
-    "learning rates 5e-5, 4e-4; beta1 0.9": [*SHORT, *rates("5e-5", "4e-4"), "--adam_beta1", "0.9"],
-    "learning rates 1e-4, 1e-4 (equal: the paper)": [*SHORT, *rates("1e-4", "1e-4")],
-    "student at every 5th step (the paper), 1,700 steps": [*SHORT, "--student_update_interval", "5", "--max_train_steps", "1700"],
-    "beta2 0.999 (the paper)": [*SHORT, "--adam_beta2", "0.999"],
-    "constant learning rate (the paper)": [*SHORT, "--lr_scheduler", "constant_with_warmup"],
-    "no EMA (the paper)": [*SHORT, "--ema_decay", "0"],
-    "levels 0.02 to 0.8": [*SHORT, "--max_level", "0.8"],
-    "levels 0.2 to 0.98": [*SHORT, "--min_level", "0.2"],
+    "learning rates 5e-5, 2e-4": SHORT.with_flags(rates("5e-5", "2e-4")),
+    "learning rates 5e-5, 2e-4; beta1 0.9": SHORT.with_flags(rates("5e-5", "2e-4") + " --adam_beta1 0.9"),
+    "learning rates 5e-5, 4e-4; beta1 0.9": SHORT.with_flags(rates("5e-5", "4e-4") + " --adam_beta1 0.9"),
+    "learning rates 1e-4, 1e-4 (equal: the paper)": SHORT.with_flags(rates("1e-4", "1e-4")),
+    "student at every 5th step (the paper), 1,700 steps": SHORT.with_flags("--student_update_interval 5 --max_train_steps 1700"),
+    "beta2 0.999 (the paper)": SHORT.with_flags("--adam_beta2 0.999"),
+    "constant learning rate (the paper)": SHORT.with_flags("--lr_scheduler constant_with_warmup"),
+    "no EMA (the paper)": SHORT.with_flags("--ema_decay 0"),
+    "levels 0.02 to 0.8": SHORT.with_flags("--max_level 0.8"),
+    "levels 0.2 to 0.98": SHORT.with_flags("--min_level 0.2"),
     "GAN recipe": GAN_SHORT,
-    "GAN, heads on the fake score (the paper)": [*GAN_SHORT, "--discriminator", "fake_score", "--max_gan_level", "1.0"],
-    "2 steps, recipe": [*RECIPE, STEPS, "2"],
-    "2 steps, last step 0.8": [*RECIPE, STEPS, "2", "--last_step_share", "0.8"],
-    "2 steps, last step 1.0": [*RECIPE, STEPS, "2", "--last_step_share", "1.0"],
-    "2 steps, all steps equally (the paper)": [*RECIPE, STEPS, "2", "--last_step_share", "0.5"],
+    "GAN, heads on the fake score (the paper)": GAN_SHORT.with_flags("--discriminator fake_score --max_gan_level 1.0"),
+    "2 steps, recipe": TWO_STEPS,
+    "2 steps, last step 0.8": TWO_STEPS.with_flags("--last_step_share 0.8"),
+    "2 steps, last step 1.0": TWO_STEPS.with_flags("--last_step_share 1.0"),
+    "2 steps, all steps equally (the paper)": TWO_STEPS.with_flags("--last_step_share 0.5"),
 }
 TABLES = {"final": FINAL, "tuning": TUNING}
 
@@ -75,62 +103,89 @@ class Results:
     """Runs at a time, one thread each."""
     runs: str = "outputs/results"
     """Folder of the runs."""
-    output: str = "benchmarks/results/digits_dmd2.jsonl"
+    output: str = "benchmarks/results/digits.jsonl"
     """Rows are appended here."""
+    print: bool = False
+    """Train nothing; print the rows of `output` as a table."""
 
 
-def command(script: str, *flags: str) -> float:
+def command(line: list[str]) -> float:
     """Run a script of the project on one thread; CPU seconds it took."""
     tail: list[str] = []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, script, *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: tail.append(process.stderr.read()[-2000:].decode(errors="replace")), daemon=True)  # type: ignore[union-attr]
     reader.start()
     _, status, usage = os.wait4(process.pid, 0)
     reader.join()
     if status:
-        raise RuntimeError(f"{script} {' '.join(flags)} failed: {tail[0]}")
+        raise RuntimeError(f"{' '.join(line)} failed: {tail[0]}")
     return usage.ru_utime + usage.ru_stime
 
 
-def one_run(config: Results, name: str, flags: list[str], seed: int) -> dict[str, Any]:
-    """Train (unless done) and evaluate one run; its row."""
-    folder = ROOT / config.runs / f"{Path(config.teacher).name}-{''.join(c if c.isalnum() else '_' for c in name)}-seed{seed}"
+def one_run(config: Results, name: str, row: Row, seed: int) -> list[dict[str, Any]]:
+    """Train (unless done) and evaluate one run; a record for each number of steps."""
+    teacher = Path(config.teacher)
+    runs = ROOT / config.runs
+    folder = runs / f"{teacher.name}-{''.join(c if c.isalnum() else '_' for c in name)}-seed{seed}"
+    places = {"teacher": str(teacher), "seed": seed, "run": str(folder), "shared": str(runs / f"{teacher.name}-shared")}
     record = folder / "cpu_seconds.json"
-    where = ["--pretrained_model_name_or_path", config.teacher, "--trust_remote_code", "--output_dir", str(folder), "--seed", str(seed)]
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off: its CPU time would be incomplete
-        cpu_seconds = command("train/dmd2.py", *flags, *where)
-        record.write_text(json.dumps(cpu_seconds))
+        seconds = [command(line.format(**places).split()) for line in row.commands]
+        record.write_text(json.dumps(seconds))
+    steps = ["--num_inference_steps", *map(str, row.steps)] if row.steps else []
     noise = ["--noise_seeds", *map(str, config.noise_seeds)]
-    command("eval/evaluate.py", str(folder / "student"), "--trust_remote_code", "--overwrite", *noise)
-    result = json.loads((folder / "student" / "evaluation.json").read_text())["results"][0]
-    metrics = {metric: (value["mean"], value["std"]) for metric, value in result["metrics"].items()}
+    command(["eval/evaluate.py", str(folder / "student"), "--trust_remote_code", "--overwrite", *noise, *steps])
+    results = json.loads((folder / "student" / "evaluation.json").read_text())["results"]
     run = json.loads((folder / "run.json").read_text())
-    row = {"table": config.table, "name": name, "teacher": Path(config.teacher).name, "seed": seed, "flags": flags}
-    return row | {
-        "cpu_seconds": json.loads(record.read_text()),
-        "noise_seeds": list(config.noise_seeds),
-        "commit": run["commit"],
-        "metrics": metrics,
-    }
+    common = {"table": config.table, "name": name, "teacher": teacher.name, "seed": seed, "commands": list(row.commands)}
+    common |= {"cpu_seconds": json.loads(record.read_text()), "noise_seeds": list(config.noise_seeds), "commit": run["commit"]}
+    return [common | {"steps": result["num_inference_steps"], "metrics": _metrics(result)} for result in results]
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    return {metric: (value["mean"], value["std"]) for metric, value in result["metrics"].items()}
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each student and number of steps, means over the training seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["teacher"], row["name"], row.get("steps") or round(row["metrics"]["network_evaluations_per_image"][0]))
+        groups.setdefault(key, []).append(row)
+    lines = [
+        "| teacher | student | steps | distance (each training seed) | ratio | accuracy | precision | recall | spread | copy rate | CPU s |"
+    ]
+    lines.append("|" + "---|" * 11)
+    for (teacher, name, steps), group in groups.items():
+        group.sort(key=lambda row: row["seed"])
+        mean = {m: statistics.mean(row["metrics"][m][0] for row in group) for m in group[0]["metrics"]}
+        distance = mean["frechet_distance"]
+        each = ", ".join("{:.3f} ± {:.3f}".format(*row["metrics"]["frechet_distance"]) for row in group)
+        values = [f"**{distance:.3f}** ({each})", f"**{distance / REFERENCE[teacher]:.2f}**"]
+        values += [f"{mean[m]:.3f}" for m in ("accuracy", "precision", "recall")]
+        values += [f"{mean['within_class_spread']:.2f}", f"{100 * mean['copy_rate']:.2f} %"]
+        values.append(", ".join("+".join(f"{s:.0f}" for s in row["cpu_seconds"]) for row in group))
+        lines.append(f"| {teacher.removeprefix('teacher-')} | {name} | {steps} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
 
 
 def main(config: Results) -> None:
-    rows = [(n, f) for n, f in TABLES[config.table].items() if not config.only or any(part in n for part in config.only)]
     output = ROOT / config.output
+    if config.print:
+        print(as_table([json.loads(line) for line in output.read_text().splitlines()]))
+        return
+    rows = [(n, r) for n, r in TABLES[config.table].items() if not config.only or any(part in n for part in config.only)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(config.workers) as pool:
-        jobs = [pool.submit(one_run, config, name, flags, seed) for seed in config.training_seeds for name, flags in rows]
+        jobs = [pool.submit(one_run, config, name, row, seed) for seed in config.training_seeds for name, row in rows]
         for job in jobs:
-            row = job.result()
-            with output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            distance, accuracy = row["metrics"]["frechet_distance"], row["metrics"]["accuracy"]
-            print(f"{row['name']:45} seed {row['seed']}  {distance[0]:.3f} ± {distance[1]:.3f}  accuracy {accuracy[0]:.3f}", flush=True)
+            for record in job.result():
+                with output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            print(as_table(job.result()).splitlines()[2], flush=True)
 
 
 if __name__ == "__main__":
