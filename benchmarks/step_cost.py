@@ -1,4 +1,4 @@
-"""Time of each turn of a method over its floor: the bare forward and backward passes that it cannot avoid.
+"""Time of each turn of every method, as its digits recipe sets it, over its floor: the bare passes that it cannot avoid.
 
     python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu.json
 
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from diffusion_distill.build import build_networks
-from diffusion_distill.config import parse, run_cli
+from diffusion_distill.config import from_mapping, parse, read_yaml, run_cli
+from diffusion_distill.denoiser import Denoiser
 from diffusion_distill.ema import EMA
 from diffusion_distill.families import family_of
 from diffusion_distill.methods import METHODS, Batch, Method
@@ -43,6 +44,8 @@ class StepCost:
     """Samples a turn."""
     process: str = "flow"
     """The digits teacher's: flow, v_prediction or epsilon."""
+    methods: tuple[str, ...] = ()
+    """Methods to measure. Empty: all."""
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -60,39 +63,48 @@ class Turn:
     """One turn of a method as the trainer runs it, and its floor."""
 
     def __init__(self, pipe: Any, method: Method, turn: int, batch_size: int):
-        self.pipe, self.method, self.turn, self.batch_size = pipe, method, turn, batch_size
+        self.pipe, self.method, self.batch_size = pipe, method, batch_size
+        turns = list(method.updates(0))
+        self.roles, self.loss_fn = turns[turn]
         self.family = family_of(pipe)
         self.shape = self.family.sample_shape(pipe)
         config = TrainConfig(learning_rate=1e-6)
         self.nets = build_networks(pipe, method, config)
         self.optimizers = {role: build_optimizer(self.nets.parameters(role).values(), 1e-6, config) for role in self.nets.trained_roles}
-        self.ema = EMA(self.nets.parameters("student"), 0.999)
+        self.emas = {role: EMA(self.nets.parameters(role), 0.999) for role in method.student_roles}
         self.cond = self.family.encode_conditions(pipe, [0] * batch_size)
         self.x = torch.randn(batch_size, *self.shape, device=pipe.device)
+        self.noise = torch.randn_like(self.x)
         self.step = 0
+        batch = self._batch()
+        for roles, loss_fn in turns[:turn]:  # what the turns before hand on
+            with self.nets.only_trains(roles):
+                loss_fn(self.nets, batch)
+        self.carried = {name: value.detach() for name, value in batch.carried.items()}
+
+    def _batch(self) -> Batch:
+        random = SampleRandom((self.step,), range(self.batch_size), self.pipe.device)
+        return Batch(self.cond, self.cond, self.shape, random, self.x, self.noise)
 
     def run(self) -> None:
-        roles, loss_fn = list(self.method.updates(0))[self.turn]
-        random = SampleRandom((self.step,), range(self.batch_size), self.pipe.device)
-        batch = Batch(self.cond, self.cond, self.shape, random, self.x)
-        if self.turn:
-            batch.carried["x0"] = self.x
-        with self.nets.only_trains(roles):
-            loss, _ = loss_fn(self.nets, batch)
+        batch = self._batch()
+        batch.carried |= self.carried
+        with self.nets.only_trains(self.roles):
+            loss, _ = self.loss_fn(self.nets, batch)
             loss.backward()
-        for role in roles:
+        for role in self.roles:
             parameters = list(self.nets.parameters(role).values())
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
             self.optimizers[role].step()
             self.optimizers[role].zero_grad(set_to_none=True)
-        if "student" in roles:
-            self.ema.update()
+            if role in self.emas:
+                self.emas[role].update()
         self.step += 1
 
     def passes(self) -> tuple[int, int]:
         """(forward passes without gradient, forward and backward passes) of the big networks in one turn."""
         found = {False: 0, True: 0}
-        models = [net.model for role in ("teacher", "student", "fake_score") if (net := getattr(self.nets, role))]
+        models = {net.model for role in self.nets if isinstance(net := getattr(self.nets, role), Denoiser)}
 
         def count(*_: Any) -> None:
             found[torch.is_grad_enabled()] += 1
@@ -105,8 +117,9 @@ class Turn:
 
     def bare_passes(self, forward: int, forward_backward: int) -> None:
         """So many forward passes with gradient, so many without, and one backward pass through the former."""
-        model = self.nets.student.model
-        with self.nets.only_trains(("student",)):
+        role = self.method.student_roles[0]
+        model = getattr(self.nets, role).model
+        with self.nets.only_trains((role,)):
             outputs = [self._call(model) for _ in range(forward_backward)]
             with torch.no_grad():
                 for _ in range(forward):
@@ -139,13 +152,21 @@ def measure(turn: Turn, repeats: int) -> dict[str, Any]:
     return ms | passes | {"separate": separate, "over_floor": ms["measured"] / ms["floor"], "over_separate": ms["measured"] / separate}
 
 
+def recipe(name: str) -> Method:
+    """The method called `name` as train/recipes/digits_NAME.yaml sets it."""
+    path = Path(__file__).parents[1] / "train" / "recipes" / f"digits_{name}.yaml"
+    known = {f.name for f in fields(METHODS[name])}
+    settings = {key: value for key, value in read_yaml(path).items() if key in known}
+    return from_mapping(METHODS[name], settings, str(path))
+
+
 def main() -> None:
     (config,) = parse(None, StepCost, prog="step_cost.py", description=__doc__ or "")
     torch.manual_seed(0)
     pipe = digits_pipeline(config.process).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name, kind in METHODS.items():
-        method = kind(guidance_scale=1.0, gan_weight=0.0, num_inference_steps=1)  # type: ignore[call-arg]
+    for name in config.methods or METHODS:
+        method = recipe(name)
         for index, (roles, _) in enumerate(method.updates(0)):
             row = {"method": name, "turn": "+".join(roles), **measure(Turn(pipe, method, index, config.batch_size), config.repeats)}
             rows.append(row)
