@@ -1,4 +1,4 @@
-"""Prompts, class labels and images, and which sample stands where in which batch.
+"""Prompts, class labels, images and pairs, and which sample stands where in which batch.
 
 The order is a function of (seed, step) alone: a resumed run needs no stored position, and the same global batch holds the
 same samples in the same slots whether it is one batch, several accumulated ones, or spread over ranks.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import InputError, reject
+from .pairs import PairDataset
 from .random import derive_seed
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -37,6 +38,8 @@ class Item(_Conditioned, total=False):
     """One sample."""
 
     image: Tensor  # (C, H, W) float32 in [-1, 1]
+    noise: Tensor  # of a stored pair, shaped like the teacher's samples
+    x0: Tensor  # what the teacher drew from `noise`
 
 
 class MicroBatch(TypedDict):
@@ -45,11 +48,13 @@ class MicroBatch(TypedDict):
     slots: list[int]
     condition: list[Condition]
     image: Tensor | None  # (b, C, H, W) float32 in [-1, 1]
+    noise: Tensor | None  # (b, ...) of stored pairs
+    x0: Tensor | None  # (b, ...) of stored pairs
 
 
 @dataclass
 class DataConfig:
-    """What to train on: exactly one of `train_data_dir`, `prompts_file`, `dataset` and `num_classes`."""
+    """What to train on: exactly one of `train_data_dir`, `prompts_file`, `dataset`, `num_classes` and `pairs_dir`."""
 
     train_data_dir: str | None = None
     """Folder of images: one sub-folder a class (labels count from 0 in sorted order of the names), or images with a
@@ -62,6 +67,8 @@ class DataConfig:
     """Built-in data: `digits` is the training split of scikit-learn's 8x8 digits."""
     num_classes: int | None = None
     """Number of class labels; for training a class-conditional teacher without images."""
+    pairs_dir: str | None = None
+    """Folder of pairs that train/make_pairs.py drew from the teacher."""
     resolution: int | None = None
     """Side of the training images in pixels. None: the teacher's own."""
     center_crop: bool = True
@@ -70,11 +77,11 @@ class DataConfig:
     """Processes that load images; 0 loads in the main process."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("train_data_dir", "prompts_file", "dataset") if getattr(self, name)]
+        given = [name for name in ("train_data_dir", "prompts_file", "dataset", "pairs_dir") if getattr(self, name)]
         given += ["num_classes"] if self.num_classes is not None else []
         if len(given) != 1:
-            fields = "train_data_dir, prompts_file, dataset, num_classes"
-            raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the four says what to train on")
+            fields = "train_data_dir, prompts_file, dataset, num_classes, pairs_dir"
+            raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the five says what to train on")
         for name, minimum in (("num_classes", 1), ("resolution", 1), ("dataloader_num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -113,17 +120,29 @@ class ConditionDataset(Dataset[Item]):
 
 
 def build_dataset(
-    config: DataConfig, *, needs_images: bool, channels: int | None, resolution: int | None, num_classes: int | None = None
-) -> ConditionDataset:
-    """The samples that `config` describes; without `needs_images`, no image is opened.
+    config: DataConfig,
+    *,
+    needs_images: bool,
+    channels: int | None,
+    resolution: int | None,
+    num_classes: int | None = None,
+    needs_pairs: bool = False,
+) -> ConditionDataset | PairDataset:
+    """The samples that `config` describes; without `needs_images`, no image is opened, and without `needs_pairs`, no pair.
 
     `channels`, `resolution` (pixels) and `num_classes` are the teacher's, None where it has none; `config.resolution` comes
-    before `resolution`. InputError: missing or empty sources, images needed where there are none, metadata lines that are
+    before `resolution`. InputError: missing or empty sources, images or pairs needed where there are none, metadata lines that are
     not usable, labels the teacher does not know. An unreadable image is an InputError when it is loaded.
     """
     side = config.resolution or resolution
     if needs_images:
         _check_image_settings(config, channels, side)
+    if needs_pairs and not config.pairs_dir:
+        raise reject("pairs_dir", config.pairs_dir, "this method trains on a teacher's pairs; draw them with train/make_pairs.py")
+    if config.pairs_dir:
+        pairs = PairDataset(config.pairs_dir)
+        _check_pair_labels(pairs, num_classes)
+        return pairs if needs_pairs else ConditionDataset(pairs.conditions)
     if config.prompts_file:
         return ConditionDataset([line for _, line in _numbered_lines("prompts_file", Path(config.prompts_file))])
     if config.num_classes is not None:
@@ -183,7 +202,7 @@ def _square(image: Image.Image, side: int, center_crop: bool) -> Image.Image:
 
 def _check_image_settings(config: DataConfig, channels: int | None, side: int | None) -> None:
     if not config.train_data_dir and not config.dataset:
-        source = "prompts_file" if config.prompts_file else "num_classes"
+        source = "prompts_file" if config.prompts_file else "pairs_dir" if config.pairs_dir else "num_classes"
         raise InputError(f"{source}: it holds no images; give train_data_dir (or dataset), or choose settings that need no images")
     if channels not in PIL_MODES:
         raise reject("channels", channels, "the teacher's images must have 1 channel (grey) or 3 (RGB)")
@@ -194,6 +213,11 @@ def _check_image_settings(config: DataConfig, channels: int | None, side: int | 
 def _check_class_count(field: str, count: int, num_classes: int | None) -> None:
     if num_classes is not None and count > num_classes:
         raise InputError(f"{field}: got {count} classes; the teacher knows {num_classes}")
+
+
+def _check_pair_labels(pairs: PairDataset, num_classes: int | None) -> None:
+    labels = [condition for condition in pairs.conditions if isinstance(condition, int)]
+    _check_class_count("pairs_dir", max(labels, default=-1) + 1, num_classes)
 
 
 def _numbered_lines(field: str, path: Path) -> list[tuple[int, str]]:
@@ -391,9 +415,15 @@ def _collate(samples: Sequence[tuple[int, Any]]) -> MicroBatch | InputError:
     for _, item in samples:
         if isinstance(item, InputError):
             return item
-    images = [item["image"] for _, item in samples if "image" in item]
     return {
         "slots": [slot for slot, _ in samples],
         "condition": [item["condition"] for _, item in samples],
-        "image": torch.stack(images) if images else None,
+        "image": _stacked("image", samples),
+        "noise": _stacked("noise", samples),
+        "x0": _stacked("x0", samples),
     }
+
+
+def _stacked(key: str, samples: Sequence[tuple[int, Any]]) -> Tensor | None:
+    tensors = [item[key] for _, item in samples if key in item]
+    return torch.stack(tensors) if tensors else None

@@ -1,7 +1,12 @@
 """Distillation losses: tensors in, scalar out. No network is called here."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .prediction import Prediction
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:
@@ -19,6 +24,23 @@ def distribution_matching_direction(x0: Tensor, real: Tensor, fake: Tensor, floo
     return (fake - real) / scale
 
 
+def variational_direction(real: Prediction, fake: Prediction) -> Tensor:
+    """alpha sigma (fake - real) in x0 (B, ...), which is sigma^2 (eps_real - eps_fake): VSD with w(t) = sigma_t^2 (arXiv:2305.16213, eq. 9)."""
+    return real.alpha * real.sigma * (fake.x0 - real.x0)
+
+
+def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """LPIPS (arXiv:1801.03924, eq. 1) with weights 1: squared distance of features scaled to unit length over their channels.
+
+    Maps (B, C, H, W) or tokens (B, N, C); the mean over positions, samples and layers.
+    """
+    found = []
+    for a, b in zip(features, others, strict=True):
+        channels = 1 if a.ndim == 4 else -1
+        found.append((F.normalize(a.float(), dim=channels) - F.normalize(b.float(), dim=channels)).square().sum(channels).mean())
+    return torch.stack(found).mean()
+
+
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating GAN loss of the generator (arXiv:1406.2661, sec. 3)."""
     return F.softplus(-fake_logits).mean()
@@ -27,3 +49,23 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Logistic GAN loss of the discriminator (arXiv:1406.2661, eq. 1)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def image_pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(|x - target|^2 + c^2) - c over the whole of each sample, (B,) (iCT, arXiv:2310.14189, eq. 8)."""
+    return ((x - target).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+def pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """Mean over all elements of sqrt((x - target)^2 + c^2) - c, in float32 (the released LCM code; compare `image_pseudo_huber`)."""
+    return (((x.float() - target.float()).square() + c**2).sqrt() - c).mean()
+
+
+def element_distance(x: Tensor, target: Tensor, kind: str, c: float) -> Tensor:
+    """`pseudo_huber` of scale `c`, or for `kind` "l2" the mean squared error, in float32."""
+    return pseudo_huber(x, target, c) if kind == "pseudo_huber" else F.mse_loss(x.float(), target.float())
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of a discriminator (arXiv:1705.02894, eq. 5); its generator's loss is the mean of -fake_logits."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()

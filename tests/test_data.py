@@ -49,7 +49,7 @@ def message(call: Any) -> str:
     [({}, "none"), ({"train_data_dir": "x", "num_classes": 3}, "train_data_dir and num_classes"), ({"train_data_dir": ""}, "none")],
 )
 def test_exactly_one_source(given, named):
-    line = f"train_data_dir, prompts_file, dataset, num_classes: got {named}; exactly one of the four says what to train on"
+    line = f"train_data_dir, prompts_file, dataset, num_classes, pairs_dir: got {named}; exactly one of the five says what to train on"
     assert message(lambda: DataConfig(**given)) == line
 
 
