@@ -25,6 +25,10 @@ class EMA:
         values = [p.detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), values, weight)
 
+    def settle(self) -> None:
+        """The parameters hold the average for good."""
+        self._assign(self.average)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters hold the average inside the block, and their own values again after it."""

@@ -20,8 +20,9 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .denoiser import Denoiser
+from .adapters import switched_on
 from .errors import InputError, reject
+from .experts import Experts, Student, denoisers, expert_number, with_models
 from .families import Family
 from .images import save_grid
 from .model_card import model_card, usage
@@ -34,9 +35,15 @@ CPU_TOLERANCE = 1e-6
 GPU_TOLERANCE = 1e-4  # kernels there may choose another order of summation in another process
 
 
+def check_exportable(pipe: Any, student: Student, samplers: Sequence[FewStepSampler], family: Family) -> None:
+    """Raise InputError where no stock scheduler or no pipeline can sample the student: better known before training than after."""
+    student_scheduler(student.schedule, samplers, student.prediction_type, pipe.scheduler)
+    _components(family, student, pipe)
+
+
 def export_student(
     pipe: Any,
-    student: Denoiser,
+    student: Student,
     samplers: Sequence[FewStepSampler],
     folder: str | Path,
     *,
@@ -53,7 +60,7 @@ def export_student(
 
     Args:
         pipe: the teacher's pipeline; it is left as it is.
-        student: LoRA adapters are merged in a copy.
+        student: LoRA adapters are merged in a copy. Several experts need a pipeline that switches between networks.
         samplers: every sampler that the student serves, the default first.
         info: what `distillation.json` and the model card tell besides the sampling: teacher, method, hyper_parameters, metrics,
             license, commit, packages (each may be missing).
@@ -63,13 +70,15 @@ def export_student(
         resolution: pixels of the student's images. None: the pipeline's own.
 
     Raises:
-        InputError: when the folder holds something else, or no stock scheduler can sample the student.
+        InputError: when the folder holds something else, or no stock scheduler or no pipeline can sample the student.
     """
     folder = Path(folder).absolute()
     _refuse_foreign(folder)
     scheduler = student_scheduler(student.schedule, samplers, student.prediction_type, pipe.scheduler)
-    exported = _student_pipeline(pipe, family, merged(student.model, dtype), scheduler, samplers)
-    served = [{"timesteps": list(s.timesteps), "call": _call(family, s, scheduler, resolution)} for s in samplers]
+    exported = _student_pipeline(pipe, family, student, dtype, scheduler, samplers)
+    served: list[dict[str, Any]] = [
+        {"timesteps": list(s.timesteps), "call": _call(pipe, family, s, scheduler, resolution)} for s in samplers
+    ]
     if len(served) > 1:
         for sampler in served:  # one way to ask for all of them; pipelines with defaults of their own need no more
             sampler["call"] = {"num_inference_steps": len(sampler["timesteps"])} | sampler["call"]
@@ -93,27 +102,53 @@ def export_student(
     return folder
 
 
-def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model` in `dtype` with its LoRA adapters merged into the weights; a copy, unless it is already that."""
+def merged(model: nn.Module, dtype: torch.dtype, adapter: str | None = None) -> nn.Module:
+    """`model` in `dtype` with its LoRA adapters merged into the weights; a copy, unless it is already that.
+
+    Of adapters that rest, only the one called `adapter` is merged.
+    """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     if not adapted and all(p.dtype == dtype for p in model.parameters()):
         return model
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    model = copy.deepcopy(model).float()  # a sum with weights in bfloat16 would round the adapter away
+    with switched_on(model, adapter):
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
     whole: nn.Module = recurse_remove_peft_layers(model) if adapted else model
     return whole.to(dtype)
 
 
-def _student_pipeline(pipe: Any, family: Family, network: nn.Module, scheduler: SchedulerMixin, samplers: Sequence[FewStepSampler]) -> Any:
+def _components(family: Family, student: Student, pipe: Any) -> tuple[str, ...]:
+    """The pipeline's attributes that hold the student's networks, from noise to data."""
+    components, count = (family.component, *_expert_components(family, pipe)), len(denoisers(student))
+    if count > len(components):
+        raise reject("experts", count, f"this {type(pipe).__name__} takes {len(components)} network(s) at most")
+    return components[:count]
+
+
+def _expert_components(family: Family, pipe: Any) -> list[str]:
+    """Those that the class of `pipe` knows: a folder may bring an older file of its own."""
+    return [name for name in family.expert_components if name in inspect.signature(type(pipe).__init__).parameters]
+
+
+def _student_pipeline(
+    pipe: Any, family: Family, student: Student, dtype: torch.dtype, scheduler: SchedulerMixin, samplers: Sequence[FewStepSampler]
+) -> Any:
     """A pipeline of the class of `pipe` that shares every other component with it."""
+    networks = dict.fromkeys(_expert_components(family, pipe)) | {
+        component: merged(denoiser.model, dtype, denoiser.adapter)
+        for component, denoiser in zip(_components(family, student, pipe), denoisers(student), strict=True)
+    }
     accepted = inspect.signature(type(pipe).__init__).parameters
     options = {name: pipe.config[name] for name in accepted if name in pipe.config and name not in pipe.components}
     grids = [list(sampler.timesteps) for sampler in samplers]
-    trained = {"grids": grids, "num_inference_steps": len(grids[0]), "guidance_scale": 1.0}
+    trained = {"grids": grids, "num_inference_steps": len(grids[0]), "guidance_scale": 1.0, "eta": samplers[0].gamma}
     options |= {name: value for name, value in trained.items() if name in accepted}  # pipelines that carry their call's defaults
-    return type(pipe)(**{**pipe.components, family.component: network, "scheduler": scheduler}, **options)
+    if _expert_components(family, pipe):
+        boundaries = student.boundaries if isinstance(student, Experts) else ()
+        options |= family.expert_options(boundaries, scheduler.config.num_train_timesteps)
+    return type(pipe)(**{**pipe.components, **networks, "scheduler": scheduler}, **options)
 
 
 def _is_custom(pipe: Any) -> bool:
@@ -122,10 +157,14 @@ def _is_custom(pipe: Any) -> bool:
     return module.split(".")[0] != "diffusers"
 
 
-def _call(family: Family, sampler: FewStepSampler, scheduler: Any, resolution: int | None) -> dict[str, Any]:
+def _call(pipe: Any, family: Family, sampler: FewStepSampler, scheduler: Any, resolution: int | None) -> dict[str, Any]:
     call = family.pipeline_call(sampler.timesteps, scheduler.config.num_train_timesteps, resolution)
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         call.pop("timesteps", None)  # DDIM takes the number of steps alone, and `student_scheduler` saw to it that they are these
+    if sampler.guidance_embedding is not None:
+        call["guidance_scale"] = sampler.guidance_embedding  # an input of the network: pipelines then run no second half of the batch
+    if sampler.kind == "tcd" and "eta" in inspect.signature(type(pipe).__call__).parameters:
+        call["eta"] = sampler.gamma
     return call
 
 
@@ -150,7 +189,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def verify_export(
     folder: str | Path,
     *,
-    student: Denoiser,
+    student: Student,
     samplers: Sequence[FewStepSampler],
     family: Family,
     pipe: Any,
@@ -183,14 +222,15 @@ def verify_export(
     folder = Path(folder).absolute()
     accepted = atol if atol is not None else (CPU_TOLERANCE if pipe.device.type == "cpu" else GPU_TOLERANCE)
     _require_export(folder)
-    request = {"folder": str(folder), "trust_remote_code": trust_remote_code, "component": family.component, "seed": seed}
+    request = {"folder": str(folder), "trust_remote_code": trust_remote_code, "seed": seed}
+    request |= {"components": _components(family, student, pipe)}
     request |= {"condition": family.condition_argument(conditions), "device": str(pipe.device), "threads": torch.get_num_threads()}
     results, foreign = _fresh_process(request)
     if foreign:
         raise RuntimeError(f"export: the fresh process imported {foreign}")
     differences = [0.0, 0.0]
     for sampler, (x0, images, calls) in zip(samplers, results, strict=True):
-        _check_calls(calls, sampler, len(conditions))
+        _check_calls(calls, student, sampler, len(conditions))
         wanted_x0, wanted = _own_samples(folder, student, sampler, family, pipe, conditions, seed)
         difference, x0_difference = _largest(images - wanted), _largest(x0 - wanted_x0) / max(1.0, _largest(wanted_x0))
         if not (difference <= accepted and x0_difference <= accepted):  # true of NaN as well
@@ -200,11 +240,14 @@ def verify_export(
     return {"max_difference": differences[0], "x0_difference": differences[1], "timesteps": visited}
 
 
-def _check_calls(calls: Sequence[Mapping[str, Any]], sampler: FewStepSampler, images: int) -> None:
+def _check_calls(calls: Sequence[Mapping[str, Any]], student: Student, sampler: FewStepSampler, images: int) -> None:
     timesteps = [call["timestep"] for call in calls]
     # sigmas travel in float32: a timestep such as 333.33 comes back with an error in its last place
     if len(timesteps) != len(sampler.timesteps) or not np.allclose(timesteps, sampler.timesteps, rtol=1e-6, atol=0):
         raise RuntimeError(f"export: the network was called at {timesteps}; the student was trained at {list(sampler.timesteps)}")
+    experts, trained = [call["expert"] for call in calls], [expert_number(student, t) for t in sampler.timesteps]
+    if experts != trained:
+        raise RuntimeError(f"export: the experts {experts} were called at {timesteps}; trained there: {trained}")
     batches = [call["batch"] for call in calls]
     if any(batch != images for batch in batches):
         raise RuntimeError(f"export: the network saw batches of {batches} for {images} images; guidance is on")
@@ -216,20 +259,22 @@ def _largest(x: np.ndarray) -> float:
 
 @torch.no_grad()
 def _own_samples(
-    folder: Path, student: Denoiser, sampler: FewStepSampler, family: Family, pipe: Any, conditions: Sequence[Any], seed: int
+    folder: Path, student: Student, sampler: FewStepSampler, family: Family, pipe: Any, conditions: Sequence[Any], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """x0 and images in [0, 1], both (B, ...), drawn by the toolkit's sampler."""
     record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     dtype, resolution = getattr(torch, record["dtype"]), record["resolution"]
-    model = student.model if dtype == torch.float32 else merged(student.model, dtype).float()
-    training = model.training
-    model.eval()
-    plain = Denoiser(model, student.schedule, student.prediction_type, family)  # without autocast
+    models = [
+        d.model if dtype == torch.float32 and not d.adapter else merged(d.model, dtype, d.adapter).float() for d in denoisers(student)
+    ]
+    training = [model.training for model in models]
+    plain: Any = with_models(student, models).eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         noise = torch.randn(len(conditions), *family.sample_shape(pipe, resolution), device=pipe.device)
         x0 = sampler.sample(plain, noise, family.encode_conditions(pipe, conditions, resolution), torch.randn_like)
-    model.train(training)
+    for model, was_training in zip(models, training, strict=True):
+        model.train(was_training)
     images = family.decode(pipe, x0).div(2).add(0.5).clamp(0, 1)
     return x0.float().cpu().numpy(), images.float().cpu().numpy()
 

@@ -1,7 +1,7 @@
 """Runs an exported folder with plain diffusers in a process of its own, and records what happened.
 
 A script, started by `export.verify_export` as `python -I export_child.py request.json`. The request holds: folder,
-trust_remote_code, component (name of the denoising network), condition (keyword arguments), seed, device, threads, output (folder).
+trust_remote_code, components (names of the denoising networks), condition (keyword arguments), seed, device, threads, output (folder).
 """
 
 import functools
@@ -23,15 +23,15 @@ class _Blocked(importlib.abc.MetaPathFinder):
             raise ImportError(f"an exported folder must work without {FORBIDDEN}")
 
 
-def record_network(network: Any, calls: list[dict[str, Any]]) -> None:
-    """Append {"timestep", "batch"} to `calls` whenever `network` runs."""
+def record_network(network: Any, expert: int, calls: list[dict[str, Any]]) -> None:
+    """Append {"expert", "timestep", "batch"} to `calls` whenever `network` runs."""
     signature = inspect.signature(network.forward)
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind(*args, **kwargs).arguments
         timestep = given["timestep"]
         t = float(timestep if isinstance(timestep, int | float) else timestep.double().flatten()[0])
-        calls.append({"timestep": t, "batch": len(next(iter(given.values())))})
+        calls.append({"expert": expert, "timestep": t, "batch": len(next(iter(given.values())))})
 
     network.register_forward_pre_hook(note, with_kwargs=True)
 
@@ -61,7 +61,8 @@ def main(request: dict[str, Any]) -> None:
     pipe.set_progress_bar_config(disable=True)
     calls: list[dict[str, Any]] = []
     last: dict[str, Any] = {}
-    record_network(getattr(pipe, request["component"]), calls)
+    for expert, component in enumerate(request["components"]):
+        record_network(getattr(pipe, component), expert, calls)
     record_last_step(pipe.scheduler, last)
     output, all_calls = Path(request["output"]), []
     for i, sampler in enumerate(json.loads(Path(folder, "distillation.json").read_text())["samplers"]):

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-DENOISERS = ("unet", "transformer")  # components that can hold a pipeline's denoising network
+DENOISERS = re.compile(r"(unet|transformer)(_\d+)?")  # components that can hold a pipeline's denoising networks
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,21 @@ def load_pipeline(folder: Path, trust_remote_code: bool, device: str = "auto") -
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if "class_labels" not in inspect.signature(pipe.__call__).parameters:
         raise reject("pipeline", type(pipe).__name__, "a pipeline that takes class_labels is needed")
-    denoising_network(pipe)
+    denoising_networks(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(_device(device))
 
 
-def denoising_network(pipe: Any) -> nn.Module:
-    """The network that a pipeline calls at every step.
+def denoising_networks(pipe: Any) -> list[nn.Module]:
+    """The network that a pipeline calls at every step, or those among which it chooses.
 
     Raises:
         InputError: where the pipeline has none under a known name.
     """
-    for name in DENOISERS:
-        if isinstance(pipe.components.get(name), nn.Module):
-            return pipe.components[name]
-    raise reject("pipeline components", sorted(pipe.components), f"one of {', '.join(DENOISERS)} is needed")
+    found = [part for name, part in pipe.components.items() if DENOISERS.fullmatch(name) and isinstance(part, nn.Module)]
+    if not found:
+        raise reject("pipeline components", sorted(pipe.components), "a network named unet or transformer is needed")
+    return found
 
 
 def balanced_labels(samples: int, classes: int) -> list[int]:
@@ -99,7 +100,7 @@ def generate(
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given = {name: value for name, value in settings.items() if value is not None}
     images: list[Tensor] = []
-    with _count_rows(denoising_network(pipe)) as rows, tqdm(total=len(labels), desc=progress, unit="img", disable=progress is None) as bar:
+    with _count_rows(denoising_networks(pipe)) as rows, tqdm(total=len(labels), desc=progress, unit="img", disable=progress is None) as bar:
         start, cpu_start = time.perf_counter(), time.process_time()
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
@@ -120,13 +121,14 @@ def _call(pipe: Any, labels: list[int], generators: list[torch.Generator], given
 
 
 @contextlib.contextmanager
-def _count_rows(network: nn.Module) -> Iterator[list[int]]:
+def _count_rows(networks: list[nn.Module]) -> Iterator[list[int]]:
     rows: list[int] = []
-    handle = network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    handles = [network.register_forward_hook(lambda module, args, output: rows.append(len(output[0]))) for network in networks]
     try:
         yield rows
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _device(name: str) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -28,14 +28,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         unet: network with `num_class_embeds` = classes + 1; the last embedding is the unconditional one. Pixels lie in [-1, 1].
+        unet_2: network of the timesteps below `boundaries[0]`, where `unet` serves the noisier ones alone; `unet_3` and `unet_4` likewise.
         scheduler: a DDPM-style or flow-matching scheduler.
         grids: the timesteps that a few-step student was trained to visit, a list for each number of steps that it serves; the first is
             the default of a call. None for a many-step model.
         num_inference_steps: default number of steps where `grids` is None.
+        boundaries: timesteps at which the networks change, from noise to data, one fewer than there are networks.
+        eta: share of fresh noise, for the schedulers that take it (DDIM, TCD).
         guidance_scale: default classifier-free guidance, uncond + scale (cond - uncond); 1 is off and needs one network call a step.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->unet_2->unet_3->unet_4"
+    _optional_components: ClassVar[list[str]] = ["unet_2", "unet_3", "unet_4"]
 
     def __init__(
         self,
@@ -44,12 +48,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
         grids: list[list[float]] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        unet_2: UNet2DModel | None = None,
+        unet_3: UNet2DModel | None = None,
+        unet_4: UNet2DModel | None = None,
+        boundaries: list[float] | None = None,
+        eta: float = 0.0,
     ):
         super().__init__()
         if not unet.config.num_class_embeds:
             raise ValueError(f"unet.num_class_embeds: got {unet.config.num_class_embeds!r}; classes + 1 is needed")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        later = [network is not None for network in (unet_2, unet_3, unet_4)]
+        if later != [i < len(boundaries or ()) for i in range(3)]:
+            raise ValueError(f"boundaries: got {boundaries} for {1 + sum(later)} networks; one fewer than networks is needed")
+        self.register_modules(unet=unet, unet_2=unet_2, unet_3=unet_3, unet_4=unet_4, scheduler=scheduler)
         self.register_to_config(grids=grids, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(boundaries=boundaries, eta=eta)
 
     @torch.no_grad()
     def __call__(
@@ -94,7 +107,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     def _denoise(self, x_t: Tensor, labels: Tensor, scale: float, generator: Any) -> Tensor:
-        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in {"generator": generator, "eta": self.config.eta}.items() if name in accepted}
         if not self._is_flow:
             x_t = x_t * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
@@ -104,11 +118,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
         """Network output (B, C, H, W) in float32; with guidance, both halves run as one batch."""
+        unet = (self.unet, self.unet_2, self.unet_3, self.unet_4)[sum(float(t) < boundary for boundary in self.config.boundaries or ())]
         if scale == 1:
-            return self.unet(x_t.to(self.unet.dtype), t, class_labels=labels, return_dict=False)[0].float()
-        nothing = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
-        x_twice, both = torch.cat([x_t, x_t]).to(self.unet.dtype), torch.cat([nothing, labels])
-        uncond, cond = self.unet(x_twice, t, class_labels=both, return_dict=False)[0].float().chunk(2)
+            return unet(x_t.to(unet.dtype), t, class_labels=labels, return_dict=False)[0].float()
+        nothing = torch.full_like(labels, unet.config.num_class_embeds - 1)
+        x_twice, both = torch.cat([x_t, x_t]).to(unet.dtype), torch.cat([nothing, labels])
+        uncond, cond = unet(x_twice, t, class_labels=both, return_dict=False)[0].float().chunk(2)
         return uncond + scale * (cond - uncond)
 
     def _check_labels(self, class_labels: int | Sequence[int] | Tensor) -> Tensor:
