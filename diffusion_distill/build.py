@@ -1,8 +1,10 @@
 """From a pretrained pipeline to the networks of a method."""
 
 import copy
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from filelock import FileLock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from .adapters import Adapter, add_adapter, checkpointed, remove_adapters
 from .config import TeacherConfig
 from .denoiser import Denoiser
 from .errors import InputError
@@ -59,6 +62,7 @@ def teacher_denoiser(pipe: Any) -> Denoiser:
 def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None) -> Networks:
     """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank."""
     teacher = teacher_denoiser(pipe)
+    remove_adapters(teacher.model)  # of an earlier training from this pipeline
     bf16 = config.mixed_precision == "bf16"
     teacher.autocast_dtype = torch.bfloat16 if bf16 else None
     roles: dict[str, nn.Module] = {}
@@ -72,10 +76,22 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
             roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
     if bf16:
         teacher.model.to(torch.bfloat16)
+    roles |= {role: _adapted(teacher, role, adapter, config) for role, adapter in method.adapters.items()}
     nets = Networks(teacher=teacher, **roles)
     nets.add(**{role: copy.deepcopy(nets.student) for role in method.followers})
     nets.add(**method.views(nets))
     return nets
+
+
+def _adapted(teacher: Denoiser, role: str, adapter: Adapter, config: TrainConfig) -> Denoiser:
+    """A role on the teacher's own weights, with nothing of its own but an adapter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, 0xADA, zlib.crc32(role.encode())))
+        add_adapter(teacher.model, role, replace(adapter, targets=adapter.targets or tuple(teacher.family.lora_targets)))
+    if config.gradient_checkpointing:
+        model: Any = teacher.model
+        model.enable_gradient_checkpointing(checkpointed)
+    return Denoiser(teacher.model, teacher.schedule, teacher.prediction_type, teacher.family, teacher.autocast_dtype, role)
 
 
 def _trained(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Module], nn.Module] | None) -> nn.Module:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .adapters import switched_on
 from .families import Cond, Family
 from .prediction import Prediction
 from .schedule import NoiseSchedule, expand_dims
@@ -17,7 +18,7 @@ class Denoiser(nn.Module):
 
     Conversions run in float32 (float64 for float64 input); the network runs in its own dtype, or under autocast to
     `autocast_dtype`. Each call enters autocast anew: a cast of the weights cached under `no_grad` would cut the gradient of
-    a later call.
+    a later call. `adapter` names the LoRA adapter of a shared `model` (adapters.py) that works during a call of this denoiser.
     """
 
     def __init__(
@@ -27,10 +28,11 @@ class Denoiser(nn.Module):
         prediction_type: str,
         family: Family,
         autocast_dtype: torch.dtype | None = None,
+        adapter: str | None = None,
     ):
         super().__init__()
         self.model, self.schedule, self.prediction_type, self.family = model, schedule, prediction_type, family
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self.adapter = autocast_dtype, adapter
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """Prediction at x_t (B, ...) and t (B,)."""
@@ -61,11 +63,17 @@ class Denoiser(nn.Module):
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(self.model.parameters()).dtype
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
-        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        autocast = torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        with autocast, switched_on(self.model, self.adapter):
             return self.family.call(self.model, x_t.to(dtype), t, cond)
 
 
-def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Prediction:
-    """Classifier-free guidance uncond + scale (cond - uncond) (arXiv:2207.12598, eq. 6 with scale = 1 + w); 1 is off."""
+def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float | Tensor) -> Prediction:
+    """Classifier-free guidance uncond + scale (cond - uncond) (arXiv:2207.12598, eq. 6 with scale = 1 + w); 1 is off.
+
+    `scale` is a number, or one for each sample, (B,).
+    """
     pred = denoiser(x_t, t, cond)
+    if isinstance(scale, Tensor):
+        return denoiser(x_t, t, uncond).interpolate(pred, expand_dims(scale, x_t))
     return pred if scale == 1 else denoiser(x_t, t, uncond).interpolate(pred, scale)

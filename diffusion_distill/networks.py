@@ -7,15 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapter_parameters
+from .denoiser import Denoiser
+
 
 class Networks:
-    """`teacher` is frozen for good; every other role trains in the turns that name it."""
+    """`teacher` is frozen for good; every other role trains in the turns that name it.
+
+    A role may be an adapter on the weights of another: a `Denoiser` with that one's model and an `adapter` of its own.
+    """
 
     def __init__(self, **roles: nn.Module):
         self._roles = roles
-        self._trainable = {
-            role: {name: p for name, p in net.named_parameters() if p.requires_grad} for role, net in roles.items() if role != "teacher"
-        }
+        self._trainable = {role: _trainable(net) for role, net in roles.items() if role != "teacher"}
         for net in roles.values():
             net.requires_grad_(False)
 
@@ -32,6 +36,9 @@ class Networks:
 
     def __contains__(self, role: str) -> bool:
         return role in self._roles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -57,6 +64,12 @@ class Networks:
         finally:
             for p in moved:
                 p.requires_grad_(False)
+
+
+def _trainable(net: nn.Module) -> dict[str, nn.Parameter]:
+    shared = isinstance(net, Denoiser) and net.adapter
+    own = adapter_parameters(net, net.adapter) if shared else dict(net.named_parameters())  # type: ignore[arg-type]
+    return {name: p for name, p in own.items() if p.requires_grad}
 
 
 def trainable_copy(teacher: nn.Module) -> nn.Module:
