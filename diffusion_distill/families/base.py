@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..errors import reject
+
 Cond = dict[str, Tensor]  # network inputs besides x_t and t, batch dimension first
 
 
@@ -15,6 +17,7 @@ class Family(ABC):
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]  # pipeline class names that this adapter serves
     component: ClassVar[str]  # attribute of the pipeline that holds the denoising network
+    expert_components: ClassVar[tuple[str, ...]] = ()  # attributes for the networks of later steps, where a pipeline can switch
     lora_targets: ClassVar[tuple[str, ...]]  # peft `target_modules`
 
     @abstractmethod
@@ -64,3 +67,15 @@ class Family(ABC):
     @abstractmethod
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         """The same prompts or class labels as the pipeline's own keyword argument."""
+
+    def with_guidance(self, model: nn.Module, cond: Cond, scale: Tensor) -> Cond:
+        """`cond` with the guidance scales (B,) for a network that sees them.
+
+        Raises:
+            InputError: for a family whose networks see none.
+        """
+        raise reject("guidance", "embedded", f"'fixed': networks of the family {self.name!r} see no guidance scale")
+
+    def expert_options(self, boundaries: Sequence[float], schedule_length: int) -> dict[str, Any]:
+        """Constructor options of a pipeline with a network for the timesteps from each of `boundaries` on, and one for those below."""
+        return {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .autoencoder import decode_unscaled, latent_side, posterior_mean
 from .base import Cond, Family
+from .guidance import guidance_embedding
 from .text import image_size, integer_timesteps, prompts_of
 
 # The modules of diffusers' LCM-LoRA recipe: a student that changes its step count moves more than its attention.
@@ -18,7 +19,10 @@ UNET_LORA_TARGETS = (
 
 
 class StableDiffusion(Family):
-    """Conditions: {"prompt_embeds": (B, 77, D)}. The unconditional prompt is ""."""
+    """Conditions: {"prompt_embeds": (B, 77, D)}, and "timestep_cond" (B, E) for a network that sees its guidance scale.
+
+    The unconditional prompt is "".
+    """
 
     name: ClassVar = "stable_diffusion"
     pipelines: ClassVar = ("StableDiffusionPipeline",)
@@ -26,8 +30,13 @@ class StableDiffusion(Family):
     lora_targets: ClassVar = UNET_LORA_TARGETS
 
     def call(self, model: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        output: Tensor = model(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+        text, scale = cond["prompt_embeds"], cond.get("timestep_cond")
+        output: Tensor = model(x_t, t, encoder_hidden_states=text, timestep_cond=scale, return_dict=False)[0]
         return output
+
+    def with_guidance(self, model: nn.Module, cond: Cond, scale: Tensor) -> Cond:
+        config: Any = model.config
+        return cond | {"timestep_cond": guidance_embedding(scale, config.time_cond_proj_dim)}
 
     def taps(self, model: nn.Module) -> list[nn.Module]:
         return [model.mid_block]  # type: ignore[list-item]

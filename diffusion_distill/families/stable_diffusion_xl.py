@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from .autoencoder import decode_unscaled, latent_side, posterior_mean
 from .base import Cond, Family
+from .guidance import guidance_embedding
 from .stable_diffusion import UNET_LORA_TARGETS
 from .text import image_size, integer_timesteps, prompts_of
 
 
 class StableDiffusionXL(Family):
-    """Conditions: {"prompt_embeds": (B, 77, D), "pooled": (B, P), "time_ids": (B, 6)}.
+    """Conditions: {"prompt_embeds": (B, 77, D), "pooled": (B, P), "time_ids": (B, 6)}, and "timestep_cond" (B, E) for a network that sees
+    its guidance scale.
 
     `time_ids` (original size, crop corner, target size) are the pipeline's defaults: its own resolution, nothing cropped.
     """
@@ -25,9 +27,13 @@ class StableDiffusionXL(Family):
 
     def call(self, model: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-        embeds = cond["prompt_embeds"]
-        output: Tensor = model(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+        inputs = {"encoder_hidden_states": cond["prompt_embeds"], "timestep_cond": cond.get("timestep_cond")}
+        output: Tensor = model(x_t, t, **inputs, added_cond_kwargs=added, return_dict=False)[0]
         return output
+
+    def with_guidance(self, model: nn.Module, cond: Cond, scale: Tensor) -> Cond:
+        config: Any = model.config
+        return cond | {"timestep_cond": guidance_embedding(scale, config.time_cond_proj_dim)}
 
     def taps(self, model: nn.Module) -> list[nn.Module]:
         return [model.mid_block]  # type: ignore[list-item]

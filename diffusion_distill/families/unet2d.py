@@ -15,6 +15,7 @@ class ClassConditionalUNet2D(Family):
     name: ClassVar = "unet2d"
     pipelines: ClassVar = ("ClassConditionalPipeline",)
     component: ClassVar = "unet"
+    expert_components: ClassVar = ("unet_2", "unet_3", "unet_4")
     lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
     def call(self, model: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -62,3 +63,6 @@ class ClassConditionalUNet2D(Family):
 
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         return {"class_labels": [int(label) for label in conditions]}
+
+    def expert_options(self, boundaries: Sequence[float], schedule_length: int) -> dict[str, Any]:
+        return {"boundaries": list(boundaries)}
