@@ -4,7 +4,7 @@ Wrappers are built around one module with one forward and one backward pass. Dis
 times a turn, taps their features and stops half-way; averaging the finished gradients once a turn is exact for all of that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,15 @@ def _average(tensors: list[Tensor]) -> None:
     flat /= world_size()
     for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(mean.view_as(t))
+
+
+def maximum(values: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """The largest of each value over ranks."""
+    if world_size() == 1:
+        return tuple(values)
+    found = torch.tensor(values, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return tuple(found.tolist())
 
 
 def average_scalars(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -19,6 +22,7 @@ from .build import build_networks, teacher_denoiser
 from .checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, resolve_checkpoint, save_checkpoint
 from .config import difference, to_mapping
 from .data import GlobalBatchSampler, MicroBatch, batches
+from .diagnostics import Watch
 from .ema import EMA
 from .errors import InputError, reject
 from .families import Cond, family_of
@@ -28,6 +32,7 @@ from .optim import build_optimizer, learning_rate_factor
 from .provenance import provenance, write_json
 from .random import SampleRandom, derive_seed
 from .sampler import ode_sample, uniform_timesteps
+from .stops import Signals, Stopped
 from .train_config import FP16_REFUSED, TrainConfig
 
 MAY_CHANGE_ON_RESUME = {
@@ -92,6 +97,9 @@ class Trainer:
         self.settings = to_mapping(method, config) | (settings or {})
         self._claim_output_dir()
         self.nets = build_networks(pipe, method, config, resolution)
+        turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
+        if idle := set(method.student_roles).difference(*turns):
+            raise reject("max_train_steps", config.max_train_steps, f"{', '.join(sorted(idle))} would never train")
         self.optimizers = {
             role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
         }
@@ -99,6 +107,7 @@ class Trainer:
         averaged = method.student_roles if config.ema_decay else ()
         self.emas = {role: EMA(self.nets.parameters(role), config.ema_decay) for role in averaged}
         self.step = 0
+        self.watch = Watch()
         if config.resume_from_checkpoint:
             self.load(resolve_checkpoint(self.output_dir, config.resume_from_checkpoint))
 
@@ -123,7 +132,8 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         started, first = time.perf_counter(), self.step
         hidden = not self.accelerator.is_local_main_process
-        with tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=hidden) as progress:
+        bar = tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=hidden)
+        with bar as progress, Signals().caught() as signals:
             for micro_batches in itertools.chain(ready, map(self._prepare, data)):
                 logs |= self.train_step(micro_batches)
                 progress.update()
@@ -133,8 +143,14 @@ class Trainer:
                     logs = {}
                 if self._due(config.validation_steps):
                     self.save_samples()
-                if self._due(config.checkpointing_steps):
+                end, asked = signals.agreed(self.device)
+                if self._due(config.checkpointing_steps) or end or asked:
                     self.save()
+                if end and self.step < config.max_train_steps:
+                    stopped = Stopped(end, self.step)
+                    if self.accelerator.is_main_process:
+                        progress.write(str(stopped), file=sys.stderr)
+                    raise stopped
         if config.report_to:
             self.accelerator.end_training()
 
@@ -151,29 +167,49 @@ class Trainer:
                     for name, value in {"loss": loss.detach(), **extra}.items():
                         key = f"{roles[0]}/{name}"
                         logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
-            logs |= {f"{role}/grad_norm": self._optimize(role) for role in roles}
+            norms = {role: self._clip(role) for role in roles}
+            if not all(torch.isfinite(norm) for norm in norms.values()):
+                raise self._non_finite(norms, logs, micro_batches)
+            for role in roles:
+                self._optimize(role)
+            logs |= {f"{role}/grad_norm": norm for role, norm in norms.items()}
             for role in roles:
                 if role in self.emas:
                     self.emas[role].update()
             if "student" in roles:
                 self._update_followers()
+        for role in self.method.finished(self.step):
+            if role in self.emas:
+                self.emas[role].settle()
         self.step += 1
         return logs
 
-    def _optimize(self, role: str) -> Tensor:
+    def _clip(self, role: str) -> Tensor:
+        """Gradient norm of `role` over all ranks, before it is scaled down to `max_grad_norm`."""
         parameters = list(self.nets.parameters(role).values())
         parallel.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"step {self.step}: the gradient of {role!r} is {norm.item()}; nothing was stepped, the last checkpoint is sound. "
-                "Lower the learning rate, or raise the precision."
-            )
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+
+    def _non_finite(self, norms: dict[str, Tensor], logs: dict[str, Tensor], micro_batches: Sequence[Batch]) -> NonFiniteError:
+        """Every rank sees the averaged gradient and comes here; what it had in hand is kept in a file of its own."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / f"nonfinite-step-{self.step}-rank-{parallel.rank()}.safetensors"
+        tensors = {f"{i}/{name}": value for i, batch in enumerate(micro_batches) for name, value in batch.tensors().items()}
+        values = {name: str(value.item()) for name, value in logs.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=values)
+        role = next(role for role, norm in norms.items() if not torch.isfinite(norm))
+        terms = [name for name, value in values.items() if not math.isfinite(float(value))]
+        return NonFiniteError(
+            f"step {self.step}: the gradient of {role!r} is {norms[role].item()} ({'terms that are no number here: ' if terms else ''}"
+            f"{', '.join(terms) or 'every logged term is finite here'}); nothing was stepped, the last checkpoint is sound, the batch "
+            f"is kept in {path}. Lower the learning rate, or raise the precision."
+        )
+
+    def _optimize(self, role: str) -> None:
         optimizer = self.optimizers[role]
         optimizer.param_groups[0]["lr"] = self._base_rate(role) * self.lr_factor(self.step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
 
     @torch.no_grad()
     def _update_followers(self) -> None:
@@ -209,7 +245,7 @@ class Trainer:
     def _batch(self, raw: MicroBatch) -> Batch:
         image = raw["image"]
         cond, uncond = self._conditions(raw["condition"])
-        x0, noise = (None if raw.get(key) is None else raw[key].to(self.device) for key in ("x0", "noise"))
+        x0, noise = (None if value is None else value.to(self.device) for value in (raw["x0"], raw["noise"]))
         x0 = x0 if image is None else self.family.encode_images(self.pipe, image.to(self.device))
         if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:
             raise reject("resolution", tuple(x0.shape[1:]), f"the student samples {self.sample_shape}; set the same resolution for both")
@@ -290,8 +326,11 @@ class Trainer:
         values |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in self.optimizers.items()}
         values["steps_per_second"] = rate
         if self.accelerator.is_main_process:
+            found = self.watch.observe(self.step, values)
+            for warning in found:
+                tqdm.write(f"warning: {warning}", file=sys.stderr)
             with (self.output_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step} | values) + "\n")
+                file.write(json.dumps({"step": self.step} | values | ({"warnings": found} if found else {})) + "\n")
         if self.config.report_to:
             self.accelerator.log(values, step=self.step)
         return {name: f"{values[name]:.3g}" for name in values if name.endswith("/loss")}
@@ -305,6 +344,8 @@ class Trainer:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= self.step]
         path.write_text("".join(line + "\n" for line in kept))
+        for line in map(json.loads, kept):  # the watch resumes too
+            self.watch.observe(line["step"], {name: value for name, value in line.items() if "/" in name})
 
     def _claim_output_dir(self) -> None:
         if not self.config.resume_from_checkpoint and (self.output_dir / "run.json").exists():
