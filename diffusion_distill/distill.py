@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from .build import load_pipeline
 from .config import TeacherConfig, to_mapping
 from .data import DataConfig, build_dataset
-from .export import export_student, push_to_hub, verify_export
+from .export import check_exportable, export_student, push_to_hub, verify_export
 from .families import family_of
 from .methods import METHODS, Method
 from .provenance import provenance, write_json
@@ -45,6 +45,7 @@ def distill(
         InputError: for a wrong setting. NonFiniteError: when training diverges.
     """
     trainer = Trainer(pipe, method, config, dataset, resolution, settings)
+    check_exportable(pipe, trainer.nets.student, trainer.samplers, trainer.family)
     trainer.train()
     trainer.release()
     folder = trainer.output_dir / STUDENT
@@ -62,7 +63,12 @@ def run(method: Method, teacher: TeacherConfig, data: DataConfig, config: TrainC
     family = family_of(pipe)
     channels, side = family.image_shape(pipe, data.resolution)
     dataset = build_dataset(
-        data, needs_images=method.needs_images, channels=channels, resolution=side, num_classes=family.num_classes(pipe)
+        data,
+        needs_images=method.needs_images,
+        needs_pairs=method.needs_pairs,
+        channels=channels,
+        resolution=side,
+        num_classes=family.num_classes(pipe),
     )
     settings = to_mapping(teacher, data)
     return distill(

@@ -67,7 +67,7 @@ class Prediction:
         value: Tensor = getattr(self, views[prediction_type])
         return -value if prediction_type == "edm" else value
 
-    def interpolate(self, other: "Prediction", weight: float) -> "Prediction":
+    def interpolate(self, other: "Prediction", weight: float | Tensor) -> "Prediction":
         """self + weight (other - self); weight > 1 extrapolates. Every view is linear in (x0, eps), so all of them follow."""
         x0, eps = (a + weight * (b - a) for a, b in ((self.x0, other.x0), (self.eps, other.eps)))
         return Prediction(x0, eps, self.alpha, self.sigma, self.sigma_data)

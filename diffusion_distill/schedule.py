@@ -40,6 +40,14 @@ class NoiseSchedule(ABC):
         """Timestep at noise level `level` in [0, 1], 0 the clean end and 1 the noisiest timestep of the schedule."""
 
     @abstractmethod
+    def level(self, t: Tensor) -> Tensor:
+        """Noise level in [0, 1] at timestep `t`, same shape, float64: the inverse of `timestep`."""
+
+    @abstractmethod
+    def timestep_at_ratio(self, ratio: Tensor) -> Tensor:
+        """Inverse of `ratio`: the timestep, float64 and in general no integer, nearest to noise-to-signal ratio `ratio` >= 0."""
+
+    @abstractmethod
     def contains(self, t: float) -> bool:
         """Whether the network was trained at timestep `t`."""
 
@@ -47,6 +55,10 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def accepted(self) -> str:
         """The timesteps that `contains` accepts, in words for an error message."""
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """Noise-to-signal ratio sigma(t) / alpha(t), float64: what EDM calls sigma, at which the network sees alpha (x0 + ratio eps)."""
+        return self.sigma(t) / self.alpha(t)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t of shape (B, ...) from x0 and eps (B, ...) at timesteps t (B,)."""
@@ -110,6 +122,17 @@ class VariancePreserving(NoiseSchedule):
     def timestep(self, level: Tensor) -> Tensor:
         return (level * len(self.alphas_cumprod)).round().clamp(0, len(self.alphas_cumprod) - 1).long()
 
+    def timestep_at_ratio(self, ratio: Tensor) -> Tensor:
+        power = self.alphas_cumprod.to(ratio.device, torch.float64)
+        table = ((1 - power) / power).sqrt()
+        ratio = ratio.double().clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, ratio, right=True) - 1).clamp(max=len(table) - 2)
+        between = (ratio - table[low]) / (table[low + 1] - table[low])
+        return low + torch.where(ratio == table[low + 1], 1.0, between)  # the last ratio may be infinite
+
+    def level(self, t: Tensor) -> Tensor:
+        return t.double() / len(self.alphas_cumprod)
+
     def contains(self, t: float) -> bool:
         return 0 <= t <= len(self.alphas_cumprod) - 1
 
@@ -132,6 +155,12 @@ class RectifiedFlow(NoiseSchedule):
 
     def timestep(self, level: Tensor) -> Tensor:
         return level * self.num_train_timesteps
+
+    def timestep_at_ratio(self, ratio: Tensor) -> Tensor:
+        return self.num_train_timesteps * (1 - 1 / (1 + ratio.double()))
+
+    def level(self, t: Tensor) -> Tensor:
+        return self.sigma(t)
 
     def contains(self, t: float) -> bool:
         return 0 <= t <= self.num_train_timesteps
@@ -164,6 +193,13 @@ class EDM(NoiseSchedule):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return self.rho * torch.log(low + level.double() * (high - low)).to(level.dtype) / 4
 
+    def timestep_at_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio.double().clamp(self.sigma_min, self.sigma_max).log() / 4
+
+    def level(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (self._noise(t) ** (1 / self.rho) - low) / (high - low)
+
     def contains(self, t: float) -> bool:
         low, high = self.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         return low - 1e-6 <= t <= high + 1e-6
@@ -188,6 +224,12 @@ class TrigFlow(NoiseSchedule):
 
     def timestep(self, level: Tensor) -> Tensor:
         return level * (torch.pi / 2)
+
+    def timestep_at_ratio(self, ratio: Tensor) -> Tensor:
+        return (ratio.double() / self.sigma_data).atan()
+
+    def level(self, t: Tensor) -> Tensor:
+        return t.double() / (torch.pi / 2)
 
     def contains(self, t: float) -> bool:
         return 0 <= t <= torch.pi / 2 + 1e-3  # diffusers' SCM scheduler starts at 1.57080

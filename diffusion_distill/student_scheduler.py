@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     LCMScheduler,
     SchedulerMixin,
+    TCDScheduler,
 )
 
 from .errors import InputError, reject
@@ -28,7 +29,7 @@ def student_scheduler(
 ) -> SchedulerMixin:
     """One scheduler, configured from the teacher's, whose steps are those of every one of `samplers`.
 
-    VP: `LCMScheduler` (sde, or one step); DDIM with trailing spacing where its steps land on the grid, otherwise first-order
+    VP: `LCMScheduler` (sde, or one step); `TCDScheduler` (tcd; its `eta` is the sampler's gamma, given at call time); DDIM with trailing spacing where its steps land on the grid, otherwise first-order
     DPM-Solver++, which is the same map (arXiv:2211.01095, sec. 4). Flow matching: `FlowMatchLCMScheduler` and
     `FlowMatchEulerDiscreteScheduler`, which take the grid at call time, as sigmas, and do not shift it.
 
@@ -41,8 +42,9 @@ def student_scheduler(
             raise reject("guidance_scale", sampler.guidance_scale, "a student is exported with guidance off (1)")
         if sampler.timesteps[-1] <= 0:
             raise reject("timesteps", list(sampler.timesteps), "a timestep of 0 has nothing to denoise; end above it")
-    if len({sampler.kind for sampler in samplers}) != 1:
-        raise reject("sampling", [sampler.kind for sampler in samplers], "one kind for all step counts: an export has one scheduler")
+    if len({(sampler.kind, sampler.gamma) for sampler in samplers}) != 1:
+        kinds = [sampler.kind for sampler in samplers]
+        raise reject("sampling", kinds, "one kind (and one gamma) for all step counts: an export has one scheduler")
     if isinstance(schedule, RectifiedFlow):
         return _flow_matching(schedule, samplers[0].kind, prediction_type)
     if isinstance(schedule, VariancePreserving):
@@ -72,7 +74,7 @@ def _variance_preserving(
         changes |= process | {"prediction_type": prediction_type, "clip_sample": False, "thresholding": False}
         return scheduler.from_config(teacher_scheduler.config, **changes)
 
-    build = _lcm if samplers[0].kind == "sde" or max(map(len, grids)) == 1 else _deterministic
+    build = {"sde": _lcm, "tcd": _tcd, "ode": _lcm if max(map(len, grids)) == 1 else _deterministic}[samplers[0].kind]
     found = build(configured, grids)
     if not torch.equal(found.alphas_cumprod, schedule.alphas_cumprod.to(found.alphas_cumprod)):
         name, teacher = type(found).__name__, type(teacher_scheduler).__name__
@@ -81,19 +83,25 @@ def _variance_preserving(
 
 
 def _lcm(configured: Callable[..., Any], grids: list[list[int]]) -> Any:
-    """LCMScheduler. Where its own grids are the trained ones, the number of steps is enough, and more than the longest is an error."""
-    longest = max(map(len, grids))
-    scheduler = configured(LCMScheduler, timestep_scaling=NO_SKIP, original_inference_steps=longest)
-    train = scheduler.config.num_train_timesteps
+    return _with_own_grids(configured(LCMScheduler, timestep_scaling=NO_SKIP, original_inference_steps=max(map(len, grids))), grids)
+
+
+def _tcd(configured: Callable[..., Any], grids: list[list[int]]) -> Any:
+    return _with_own_grids(configured(TCDScheduler, original_inference_steps=max(map(len, grids))), grids)
+
+
+def _with_own_grids(scheduler: Any, grids: list[list[int]]) -> Any:
+    """Where its own grids are the trained ones, the number of steps is enough, and more than the longest is an error."""
+    train, longest = scheduler.config.num_train_timesteps, max(map(len, grids))
     for original in (n for n in range(longest, train + 1) if n == longest or train % n == 0):
-        if all(_lcm_grid(scheduler, len(grid), original) == grid for grid in grids):
+        scheduler.register_to_config(original_inference_steps=original)
+        if all(_visited(scheduler, len(grid)) == grid for grid in grids):
             break
-    scheduler.register_to_config(original_inference_steps=original)
     return scheduler
 
 
-def _lcm_grid(scheduler: Any, steps: int, original: int) -> list[int]:
-    scheduler.set_timesteps(steps, original_inference_steps=original)
+def _visited(scheduler: Any, steps: int) -> list[int]:
+    scheduler.set_timesteps(steps)
     visited: list[int] = scheduler.timesteps.tolist()
     return visited
 

@@ -79,7 +79,7 @@ def array(x: Tensor) -> np.ndarray:
 
 def coefficients(process: str, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(alpha, sigma), each (B, 1, 1, 1), from diffusers' table or the definition of flow matching."""
-    power = array(COSINE.alphas_cumprod)[t.long()]
+    power = array(COSINE.alphas_cumprod)[t.long().clamp(max=999)]
     alpha, sigma = (1 - array(t) / 1000, array(t) / 1000) if process == "flow" else (np.sqrt(power), np.sqrt(1 - power))
     return alpha[:, None, None, None], sigma[:, None, None, None]
 
@@ -87,7 +87,9 @@ def coefficients(process: str, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def x0_of(process: str, call: Call) -> np.ndarray:
     """x0 that a network output means."""
     (alpha, sigma), x_t, output = coefficients(process, call.t), array(call.x_t), array(call.output)
-    return {"epsilon": (x_t - sigma * output) / alpha, "v_prediction": alpha * x_t - sigma * output, "flow": x_t - sigma * output}[process]
+    with np.errstate(divide="ignore", invalid="ignore"):  # no signal at the noisiest timestep of flow matching
+        epsilon = (x_t - sigma * output) / alpha
+    return {"epsilon": epsilon, "v_prediction": alpha * x_t - sigma * output, "flow": x_t - sigma * output}[process]
 
 
 def noise_in(process: str, x_t: Tensor, t: Tensor, x0: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,29 @@ from tiny_pipelines import class_conditional
 
 from diffusion_distill import DMD2, InputError, NonFiniteError, TrainConfig, Trainer
 from diffusion_distill.data import DataConfig, build_dataset
-from diffusion_distill.methods import Method
+from diffusion_distill.methods import DMD, Consistency, Method, PhasedDMD, Reflow, ReflowDistillation
 
 PROCESSES = ("flow", "v_prediction", "epsilon")
 IMAGE_FREE = DMD2(num_inference_steps=2, guidance_scale=1.0, gan_weight=0.0, student_update_interval=2)
 GAN = DMD2(num_inference_steps=2, guidance_scale=2.0, gan_weight=0.1, student_update_interval=2, discriminator="fake_score")
-METHODS: dict[str, Method] = {"image_free": IMAGE_FREE, "gan": GAN}
+PHASED = PhasedDMD((1, 1), timestep_shift=1.0, experts="full", guidance_scale=1.0, phase_steps=3, student_update_interval=2)
+REGRESSED = DMD(guidance_scale=2.0, regression_distance="teacher_features")
+EASY = Consistency(stages=2, stage_steps=3)
+CONSISTENT = Consistency((1, 2), neighbour="distillation", discretization="grid", guidance_scale=2.0, target="follower", target_decay=0.8)
+ANNEALED = Reflow(time_law="u_shaped", annealing="linear", annealing_steps=4)
+DISTILLED = ReflowDistillation((1, 2), inputs="student", two_step_weight=1.0)
+METHODS: dict[str, Method] = {
+    "image_free": IMAGE_FREE,
+    "gan": GAN,
+    "phased": PHASED,
+    "dmd": REGRESSED,
+    "easy": EASY,
+    "consistency": CONSISTENT,
+    "reflow": ANNEALED,
+    "distilled": DISTILLED,
+}
+NOISE = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+PAIRS = [{"condition": i % 10, "noise": x, "x0": x.tanh()} for i, x in enumerate(NOISE)]
 
 
 def config(folder: Path, **changes: object) -> TrainConfig:
@@ -30,8 +48,8 @@ def config(folder: Path, **changes: object) -> TrainConfig:
 
 
 def trainer(folder: Path, method: Method = IMAGE_FREE, process: str = "flow", **changes: object) -> Trainer:
-    data = build_dataset(DataConfig(dataset="digits"), needs_images=method.needs_images, channels=1, resolution=8)
-    return Trainer(class_conditional(process), replace(method), config(folder, **changes), data)
+    data: Any = build_dataset(DataConfig(dataset="digits"), needs_images=method.needs_images, channels=1, resolution=8)
+    return Trainer(class_conditional(process), replace(method), config(folder, **changes), PAIRS if method.needs_pairs else data)
 
 
 def final_weights(folder: Path, step: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -39,7 +57,7 @@ def final_weights(folder: Path, step: int = 6) -> dict[str, dict[str, torch.Tens
 
 
 def assert_equal(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]], tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys() and len(a) >= 5
+    assert a.keys() == b.keys() and len(a) >= 3
     for file in a:
         for name, value in a[file].items():
             torch.testing.assert_close(b[file][name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{file} {name}: {m}")  # noqa: B023
@@ -48,9 +66,10 @@ def assert_equal(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, t
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_moves_exactly_the_roles_of_its_turns(tmp_path: Path, name: str, process: str) -> None:
-    run = trainer(tmp_path, METHODS[name], process, max_train_steps=2)
+    run = trainer(tmp_path, METHODS[name], process)
     roles = ("teacher", *run.trained)
-    for moved in (set(run.trained), set(run.trained) - {"student"}):  # the student trains at every second step
+    for step in range(2):
+        moved = {role for turn_roles, _ in run.method.updates(step) for role in turn_roles}
         before = {role: [p.clone() for p in getattr(run.nets, role).parameters()] for role in roles}
         raw = next(run._data())
         run.train_step(run._prepare(raw))
@@ -126,13 +145,14 @@ def test_a_killed_run_resumes_bit_exactly(tmp_path: Path) -> None:
 
 
 def assert_same_up_to_rounding(one: Path, two: Path, step: int) -> None:
-    """Weights differ by at most 2 % of how far training moved them: Adam turns the rounding of a vanishing gradient into a step."""
+    """Weights differ by at most 5 % of how far training moved them: Adam turns the rounding of a vanishing gradient into a step."""
     first, second = final_weights(one, step), final_weights(two, step)
     start = dict(class_conditional("flow").unet.named_parameters())
-    moved = max((first["student.safetensors"][f"model.{n}"] - p).abs().max().item() for n, p in start.items())
-    for file in ("student.safetensors", "fake_score.safetensors", "student.ema.safetensors"):
+    weights = [name for name in first if "optimizer" not in name]
+    moved = max((first[f][f"model.{n}"] - p).abs().max().item() for f in weights for n, p in start.items() if f"model.{n}" in first[f])
+    for file in weights:
         differences = {key: (value - second[file][key]).abs().max().item() for key, value in first[file].items()}
-        assert max(differences.values()) < 0.02 * moved, (file, max(differences, key=lambda k: differences[k]))
+        assert max(differences.values()) < 0.05 * moved, (file, max(differences, key=lambda k: differences[k]))
 
 
 @pytest.mark.parametrize("name", METHODS)

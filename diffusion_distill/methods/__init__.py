@@ -1,8 +1,43 @@
 """Distillation methods by name."""
 
 from .base import Batch, Loss, Method, Update
+from .consistency import Consistency
+from .dmd import DMD
 from .dmd2 import DMD2
+from .lcm import LCM
+from .pcm import PCM
+from .phased_dmd import PhasedDMD
+from .rectified_flow import Reflow, ReflowDistillation
+from .tcd import TCD
+from .vsd import VSD
 
-METHODS: dict[str, type[Method]] = {"dmd2": DMD2}
+METHODS: dict[str, type[Method]] = {
+    "consistency": Consistency,
+    "dmd": DMD,
+    "dmd2": DMD2,
+    "lcm": LCM,
+    "pcm": PCM,
+    "phased_dmd": PhasedDMD,
+    "reflow": Reflow,
+    "reflow_distillation": ReflowDistillation,
+    "tcd": TCD,
+    "vsd": VSD,
+}
 
-__all__ = ["DMD2", "METHODS", "Batch", "Loss", "Method", "Update"]
+__all__ = [
+    "DMD",
+    "DMD2",
+    "LCM",
+    "METHODS",
+    "PCM",
+    "TCD",
+    "VSD",
+    "Batch",
+    "Consistency",
+    "Loss",
+    "Method",
+    "PhasedDMD",
+    "Reflow",
+    "ReflowDistillation",
+    "Update",
+]

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from ..adapters import Adapter
 from ..denoiser import Denoiser
 from ..errors import reject
 from ..families import Cond
@@ -28,6 +29,11 @@ class Batch:
     noise: Tensor | None = None  # (B, ...) the noise from which the teacher drew x0, where the method asks for pairs
     carried: dict[str, Tensor] = field(default_factory=dict)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of the batch that is data, by name."""
+        named = {f"cond.{name}": value for name, value in self.cond.items()} | {"x0": self.x0, "noise": self.noise}
+        return {name: value for name, value in named.items() if value is not None}
+
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # scalar to minimise, scalars to log
 Update = tuple[tuple[str, ...], Callable[[Networks, Batch], Loss]]
@@ -47,6 +53,11 @@ class Method(ABC):
     """A dataclass of hyper-parameters. It never calls backward, steps, freezes, moves or saves anything."""
 
     copies: ClassVar[tuple[str, ...]] = ("student",)  # trained roles that start as a copy of the teacher
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Trained roles that are a LoRA adapter on the teacher's own weights; they cost no copy of it."""
+        return {}
 
     @property
     def student_roles(self) -> tuple[str, ...]:
@@ -87,6 +98,10 @@ class Method(ABC):
     def views(self, nets: Networks) -> dict[str, nn.Module]:
         """Roles that have no weights of their own, made from the others."""
         return {}
+
+    def finished(self, step: int) -> tuple[str, ...]:
+        """Student roles that `step` trained for the last time: they hold their moving average, what is exported, from then on."""
+        return ()
 
     def extra_networks(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, nn.Module]:
         """Trained networks that are not copies of the teacher, sized by one example input."""

@@ -12,11 +12,11 @@ from ..denoiser import Denoiser
 from ..discriminators import DISCRIMINATORS
 from ..errors import reject
 from ..families import Cond
-from ..losses import discriminator_loss, distribution_matching_direction, generator_loss, surrogate
+from ..losses import discriminator_loss, generator_loss, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import agreement, approximate_r1, denoising_score_matching, real_and_fake
+from ..score_distillation import approximate_r1, denoising_score_matching, distribution_matching
 from .base import Batch, Loss, Method, Update, check_choices
 
 
@@ -118,11 +118,9 @@ class DMD2(Method):
         x0 = self.generate(nets, batch)
         batch.carried["x0"] = x0.detach()
         level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
-        t = nets.teacher.schedule.timestep(level)
-        x_t = nets.teacher.schedule.add_noise(x0.detach(), batch.random.normal_like(x0), t)
-        real, fake = real_and_fake(nets.teacher, nets.fake_score, x_t, t, batch.cond, batch.uncond, self.guidance_scale)
-        direction = distribution_matching_direction(x0.detach(), real.x0, fake.x0, self.normalizer_floor)
-        logs = agreement(x0, real.x0, fake.x0)
+        t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
+        pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
+        direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
         if self.needs_images:
             gan, gan_direction = self.gan_direction(nets, x0, batch)
             scale = direction.norm() / gan_direction.norm().clamp(min=1e-12) if self.gan_weighting == "relative" else 1
