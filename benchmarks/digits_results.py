@@ -48,6 +48,10 @@ def dmd2(flags: str, recipe: str = "digits_dmd2") -> Row:
     return Row((train("dmd2", recipe, flags),))
 
 
+def phased(steps: str, flags: str = "") -> Row:
+    return Row((train("phased_dmd", "digits_phased_dmd", f"--steps_per_phase {steps} {flags}"),))
+
+
 FINAL = {
     "DMD2, 1 step, image-free": dmd2("--num_inference_steps 1"),
     "DMD2, 2 steps, image-free": dmd2("--num_inference_steps 2"),
@@ -55,6 +59,8 @@ FINAL = {
     "DMD2, 1 step, GAN on real images": dmd2("--num_inference_steps 1", "digits_dmd2_gan"),
     "DMD2, 2 steps, GAN on real images": dmd2("--num_inference_steps 2", "digits_dmd2_gan"),
     "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
+    "phased DMD, 2 steps": phased("1 1"),
+    "phased DMD, 4 steps": phased("2 2"),
 }
 SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000")
 GAN_SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000", "digits_dmd2_gan")
