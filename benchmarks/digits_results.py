@@ -52,6 +52,20 @@ def phased(steps: str, flags: str = "") -> Row:
     return Row((train("phased_dmd", "digits_phased_dmd", f"--steps_per_phase {steps} {flags}"),))
 
 
+def pairs(folder: str, flags: str) -> str:
+    """The command that draws the teacher's pairs, once for all runs."""
+    source = "--pretrained_model_name_or_path {teacher} --trust_remote_code --dataset digits"
+    return f"train/make_pairs.py {source} {flags} --batch_size 250 --output_dir {{shared}}/{folder}"
+
+
+REFLOW = Row(
+    (
+        pairs("pairs-16-steps", "--num_pairs 10000 --num_inference_steps 16"),
+        train("reflow", "digits_reflow", "--pairs_dir {shared}/pairs-16-steps", folder="{run}/reflow"),
+        train("reflow_distillation", "digits_reflow_distillation", "--pairs_dir {shared}/pairs-16-steps", teacher="{run}/reflow/student"),
+    ),
+    (1, 2, 4),
+)
 FINAL = {
     "DMD2, 1 step, image-free": dmd2("--num_inference_steps 1"),
     "DMD2, 2 steps, image-free": dmd2("--num_inference_steps 2"),
@@ -61,6 +75,7 @@ FINAL = {
     "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
     "phased DMD, 2 steps": phased("1 1"),
     "phased DMD, 4 steps": phased("2 2"),
+    "reflow, then distilled": REFLOW,
 }
 SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000")
 GAN_SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000", "digits_dmd2_gan")
