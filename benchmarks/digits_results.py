@@ -75,6 +75,8 @@ FINAL = {
     "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
     "phased DMD, 2 steps": phased("1 1"),
     "phased DMD, 4 steps": phased("2 2"),
+    "VSD, 1 step": Row((train("vsd", "digits_vsd"),)),
+    "consistency training (ECT)": Row((train("consistency", "digits_consistency"),), (1, 2, 4)),
     "reflow, then distilled": REFLOW,
 }
 SHORT = dmd2("--num_inference_steps 1 --max_train_steps 1000")
