@@ -61,7 +61,7 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
 
 
 def _sampling(record: Mapping[str, Any]) -> str:
-    words = {"sde": "predict x0, then add fresh noise", "ode": "deterministic"}
+    words = {"sde": "predict x0, then add fresh noise", "ode": "deterministic", "tcd": "deterministic, then fresh noise: the share `eta`"}
     rows = "\n".join(_sampler_row(sampler) for sampler in record["samplers"])
     kind = f"{record['sampling']} ({words[record['sampling']]}); scheduler `{record['scheduler']}`"
     return f"## Sampling\n{kind}.\n\n| steps | timesteps | arguments of the call |\n|---|---|---|\n{rows}"

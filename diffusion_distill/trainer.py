@@ -213,7 +213,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_followers(self) -> None:
-        student = list(self.nets.parameters("student").values())
+        student: list[Tensor] = list(self.nets.parameters("student").values())
         for role, decay in self.method.followers.items():
             torch._foreach_lerp_(list(self._follower(role).values()), student, 1 - decay)
 

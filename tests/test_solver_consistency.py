@@ -279,7 +279,7 @@ def test_the_exact_map_has_no_loss(kind: str, method: Any) -> None:
     boundary = (
         0.05**2 * phases / method.solver_intervals
     )  # a shift shows in full where the target is the solver's own, and cancels elsewhere
-    assert losses[0] < 0.05 * boundary < losses[1] < 3 * boundary
+    assert losses[0] < 0.05 * boundary < losses[1] < 6 * boundary
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
@@ -424,7 +424,11 @@ def test_flow_matching_serves_the_two_ends_of_gamma() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name != "stable_diffusion_3"])
-@pytest.mark.parametrize("method", [TCD(), TCD(gamma=1.0), TCD(gamma=0.0), PCM(1), PCM(2), PCM(4), PCM(8), PLAIN], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [TCD(), TCD(gamma=1.0), TCD(gamma=0.0), PCM(1), PCM(2), PCM(4), PCM(8), PLAIN],
+    ids=lambda m: f"{type(m).__name__}-{getattr(m, 'gamma', getattr(m, 'phases', 4))}",
+)
 def test_one_export_serves_all_numbers_of_steps(name: str, method: Method, tmp_path: Path, in_process: None) -> None:  # noqa: F811
     pipe = PIPELINES[name]()
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)

@@ -27,7 +27,7 @@ def with_guidance_input(model: Any, dimension: int = DIMENSION) -> nn.Module:
     """
     if model.config.get("time_cond_proj_dim", dimension) is not None:
         raise reject("guidance", "embedded", f"'fixed': {type(model).__name__} has no free input for the scale (time_cond_proj_dim)")
-    extended = type(model).from_config(dict(model.config) | {"time_cond_proj_dim": dimension})
+    extended = type(model).from_config(model.config, time_cond_proj_dim=dimension)
     missing, unexpected = extended.load_state_dict(model.state_dict(), strict=False)
     if list(missing) != ["time_embedding.cond_proj.weight"] or unexpected:
         raise RuntimeError(f"time_cond_proj_dim changed more than one input: missing {missing}, unexpected {unexpected}")
