@@ -4,7 +4,8 @@ from .config import TeacherConfig
 from .data import DataConfig, build_dataset
 from .distill import distill, run
 from .errors import InputError
-from .methods import DMD2, METHODS
+from .methods import DMD, DMD2, LCM, METHODS, PCM, SCM, TCD, VSD, Consistency, PhasedDMD, Reflow, ReflowDistillation
+from .pair_writer import PairConfig, write_pairs
 from .sampler import FewStepSampler
 from .train_config import TrainConfig
 from .trainer import NonFiniteError, Trainer
@@ -12,16 +13,28 @@ from .trainer import NonFiniteError, Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "DMD",
     "DMD2",
+    "LCM",
     "METHODS",
+    "PCM",
+    "SCM",
+    "TCD",
+    "VSD",
+    "Consistency",
     "DataConfig",
     "FewStepSampler",
     "InputError",
     "NonFiniteError",
+    "PairConfig",
+    "PhasedDMD",
+    "Reflow",
+    "ReflowDistillation",
     "TeacherConfig",
     "TrainConfig",
     "Trainer",
     "build_dataset",
     "distill",
     "run",
+    "write_pairs",
 ]

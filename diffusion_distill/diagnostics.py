@@ -58,21 +58,22 @@ class Watch:
         if spread is None or real is None:
             return
         if spread > WIDE_SPREAD * real:
-            yield "blow-up", f"the samples' spread is {spread:.3g}, the teacher's predictions' {real:.3g}: lower the student's learning rate."
+            seen = f"the samples' spread is {spread:.3g}, the teacher's predictions' {real:.3g}"
+            yield "blow-up", f"{seen}: lower the student's learning rate."
         past = self._medians[f"{role}/sample_spread"]
         if (len(past) > 2 and spread < COLLAPSED_SPREAD * real and spread < 1.1 * past[-2]) or spread < LOST_SPREAD * max(past):
             yield (
                 "collapse",
-                f"the samples' spread is {spread:.3g} (largest so far {max(past):.3g}, teacher's predictions {real:.3g}) and does not grow: "
-                "the student is collapsing. Likely the fake score does not follow it, or guidance is high: train the fake score more "
+                f"the samples' spread is {spread:.3g} (largest so far {max(past):.3g}, teacher's predictions {real:.3g}) and does not "
+                "grow: the student is collapsing. Likely the fake score does not follow it, or guidance is high: train the fake score more "
                 "often or faster, lower the student's learning rate or the guidance scale.",
             )
         first = self._medians[f"{role}/sample_mean"]
         if mean is not None and first and abs(mean - first[0]) > MEAN_DRIFT * max(spread, real):
             yield (
                 "drift",
-                f"the samples' mean moved from {first[0]:.3g} to {mean:.3g}, by more than {MEAN_DRIFT:g} of their spread. Likely the student "
-                "is faster than the fake score, or guidance saturates it: lower the student's learning rate or the guidance scale.",
+                f"the samples' mean moved from {first[0]:.3g} to {mean:.3g}, by more than {MEAN_DRIFT:g} of their spread. Likely the "
+                "student is faster than the fake score, or guidance saturates it: lower the student's learning rate or the guidance scale.",
             )
 
     def _gap(self, role: str) -> Iterator[tuple[str, str]]:

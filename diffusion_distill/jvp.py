@@ -5,15 +5,17 @@ checkpointing has none either; diffusers switches that off without gradient. Nor
 to differentiate has to run in float32.
 
 The exact derivative is not always the useful one. Where a network embeds t in 0..1000 by sines of periods down to six timesteps, what it
-never learnt to ignore oscillates, and the derivative amplifies it (arXiv:2410.11081, sec. 4.1, on time scales). A difference over many timesteps averages
-that out.
+never learnt to ignore oscillates, and the derivative amplifies it (arXiv:2410.11081, sec. 4.1, on time scales). A difference over many
+timesteps averages that out.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Point = tuple[Tensor, Tensor]  # x (B, ...) and t (B,), or a direction in which both move
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +24,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 @torch.no_grad()
 def forward_derivative(function: Function, point: Point, direction: Point) -> Tensor:
     """d function(x + h dx, t + h dt) / dh at h = 0, by forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
         derivative: Tensor = torch.func.jvp(function, point, direction)[1]
     return derivative
 
@@ -38,6 +40,15 @@ def central_difference(function: Function, point: Point, direction: Point, step:
 def backward_difference(function: Function, point: Point, direction: Point, step: float, value: Tensor) -> Tensor:
     """The same from the point `step` behind and the `value` here, float64; of first order, for half the network calls."""
     return (value.double() - function(*_moved(point, direction, -step)).double()) / step
+
+
+class _ContiguousGroupNorm(TorchFunctionMode):
+    """The forward derivative of group normalisation takes views that a transposed input does not allow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _moved(point: Point, direction: Point, h: float) -> Point:

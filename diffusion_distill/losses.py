@@ -25,7 +25,10 @@ def distribution_matching_direction(x0: Tensor, real: Tensor, fake: Tensor, floo
 
 
 def variational_direction(real: Prediction, fake: Prediction) -> Tensor:
-    """alpha sigma (fake - real) in x0 (B, ...), which is sigma^2 (eps_real - eps_fake): VSD with w(t) = sigma_t^2 (arXiv:2305.16213, eq. 9)."""
+    """alpha sigma (fake - real) in x0 (B, ...), which is sigma^2 (eps_real - eps_fake).
+
+    VSD with w(t) = sigma_t^2 (arXiv:2305.16213, eq. 9).
+    """
     return real.alpha * real.sigma * (fake.x0 - real.x0)
 
 

@@ -29,9 +29,10 @@ def student_scheduler(
 ) -> SchedulerMixin:
     """One scheduler, configured from the teacher's, whose steps are those of every one of `samplers`.
 
-    VP: `LCMScheduler` (sde, or one step); `TCDScheduler` (tcd; its `eta` is the sampler's gamma, given at call time); DDIM with trailing spacing where its steps land on the grid, otherwise first-order
-    DPM-Solver++, which is the same map (arXiv:2211.01095, sec. 4). Flow matching: `FlowMatchLCMScheduler` and
-    `FlowMatchEulerDiscreteScheduler`, which take the grid at call time, as sigmas, and do not shift it.
+    VP: `LCMScheduler` (sde, or one step); `TCDScheduler` (tcd; its `eta` is the sampler's gamma, given at call time); DDIM with
+    trailing spacing where its steps land on the grid, otherwise first-order DPM-Solver++, which is the same map (arXiv:2211.01095,
+    sec. 4). Flow matching: `FlowMatchLCMScheduler` and `FlowMatchEulerDiscreteScheduler`, which take the grid at call time, as
+    sigmas, and do not shift it.
 
     Raises:
         InputError: where no stock scheduler samples as they do.

@@ -75,8 +75,8 @@ class TrainConfig:
         self.validation_prompts = tuple(self.validation_prompts)
         if self.mixed_precision == "fp16":
             raise InputError(FP16_REFUSED)
-        at_least = {"max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
-        at_least |= {"lora_rank": 0, "checkpointing_steps": 0, "validation_steps": 0, "num_validation_images": 1, "lr_warmup_steps": 0, "lr_num_cycles": 1}
+        at_least = {"max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "lr_num_cycles": 1}
+        at_least |= {"lora_rank": 0, "checkpointing_steps": 0, "validation_steps": 0, "num_validation_images": 1, "lr_warmup_steps": 0}
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise reject(name, getattr(self, name), f"{minimum} or more")

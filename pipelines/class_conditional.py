@@ -82,7 +82,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_inference_steps: visit the trained grid of so many steps; where there is none, the scheduler's own, for flow matching
                 sigmas 1 - i/N.
             guidance_scale: None takes the folder's own.
-            timesteps: visit exactly these, from noise to data. With neither this nor `num_inference_steps`, the folder's first grid is used.
+            timesteps: visit exactly these, from noise to data. With neither this nor `num_inference_steps`, the folder's first grid is
+                used.
             generator: one for the whole batch, or a list with one for each image.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
             return_dict: False returns a tuple.

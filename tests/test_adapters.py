@@ -101,7 +101,9 @@ def test_outputs_are_those_of_peft_and_diffusers(name: str) -> None:
 def test_features_see_the_adapter_too() -> None:
     shared = Shared()
     with torch.no_grad():
-        teacher, fake, plain = (net.features(shared.x_t, shared.t, shared.cond) for net in (shared.teacher, shared.fake_score, shared.plain))
+        teacher, fake, plain = (
+            net.features(shared.x_t, shared.t, shared.cond) for net in (shared.teacher, shared.fake_score, shared.plain)
+        )
     assert torch.equal(teacher[0], plain[0]) and not torch.equal(fake[0], teacher[0])
     with torch.no_grad():
         assert torch.equal(shared.run(shared.teacher), shared.run(shared.plain))  # the early stop switched it off again

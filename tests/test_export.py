@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler

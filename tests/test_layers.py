@@ -20,7 +20,7 @@ LAYERS = (
     ("schedule",),
     ("prediction",),
     ("losses", "time_laws"),
-    ("adapters", "families"),
+    ("adapters", "families", "jvp", "trigflow"),
     ("denoiser",),
     ("experts", "networks", "sampler"),
     ("consistency", "discriminators", "score_distillation", "solver_grid"),

@@ -12,7 +12,6 @@ from recording import PROCESSES, UNCONDITIONAL, array, batch, coefficients, is_u
 from scipy import integrate, stats
 from test_toy import ALL, FIRST, MEANS, STDS, WEIGHTS, distances, distil, gaussian, one_dimensional
 from test_toy import coefficients as toy_coefficients
-from torch import Tensor
 from toy import TEACHERS
 
 from diffusion_distill.denoiser import Denoiser
@@ -85,7 +84,7 @@ def guided_gradient(teacher: str, mu: float, s: float, t: int, scale: float) -> 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_gradient_on_closed_form_gaussians(teacher: str, scale: float) -> None:
     """Guidance on both: eps_real - eps_fake = sigma (score_fake - score_real), within 4 standard errors of the quadrature."""
-    mu, s, t, count = 1.6, 0.5, 500, 60_000
+    mu, s, t, count = 1.6, 1.0, 500, 1_500_000 if scale == 1 else 60_000
     z, eps = torch.randn(2, count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real_net, fake_net = one_dimensional(teacher), gaussian(teacher, mu, s)
     timesteps = torch.full((count,), t)
@@ -101,7 +100,7 @@ def test_gradient_on_closed_form_gaussians(teacher: str, scale: float) -> None:
 
 
 def test_reliability_measures_the_true_share_of_the_direction() -> None:
-    """Exact fake score: 1. The teacher on its own data, a wrong fake score: 0. Half-way between teacher and truth: its direction is 1/0.5."""
+    """Exact fake score: 1. The teacher on its own data, a wrong fake score: 0. Half-way from teacher to truth: its direction is 1/0.5."""
     mu, s, count, t = 1.0, 0.5, 200_000, 500
     z, eps = torch.randn(2, count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     truth, other = gaussian("flow_prediction", mu, s), gaussian("flow_prediction", 0.2, 0.5)

@@ -8,6 +8,7 @@ from .lcm import LCM
 from .pcm import PCM
 from .phased_dmd import PhasedDMD
 from .rectified_flow import Reflow, ReflowDistillation
+from .scm import SCM
 from .tcd import TCD
 from .vsd import VSD
 
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "phased_dmd": PhasedDMD,
     "reflow": Reflow,
     "reflow_distillation": ReflowDistillation,
+    "scm": SCM,
     "tcd": TCD,
     "vsd": VSD,
 }
@@ -30,6 +32,7 @@ __all__ = [
     "LCM",
     "METHODS",
     "PCM",
+    "SCM",
     "TCD",
     "VSD",
     "Batch",

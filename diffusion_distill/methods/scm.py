@@ -161,7 +161,7 @@ class SCM(Method):
 
         def function(y: Tensor, angle: Tensor) -> Tensor:
             with same_dropout(y):
-                return network(y, angle)  # type: ignore[no-any-return]
+                return network(y, angle)
 
         if self.derivative == "forward":
             return forward_derivative(function, point, direction)
