@@ -58,6 +58,7 @@ def pairs(folder: str, flags: str) -> str:
     return f"train/make_pairs.py {source} {flags} --batch_size 250 --output_dir {{shared}}/{folder}"
 
 
+PAIRS = "--pairs_dir {shared}/pairs-25-steps"
 REFLOW = Row(
     (
         pairs("pairs-16-steps", "--num_pairs 10000 --num_inference_steps 16"),
@@ -73,9 +74,17 @@ FINAL = {
     "DMD2, 1 step, GAN on real images": dmd2("--num_inference_steps 1", "digits_dmd2_gan"),
     "DMD2, 2 steps, GAN on real images": dmd2("--num_inference_steps 2", "digits_dmd2_gan"),
     "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
+    "DMD, 1 step": Row((pairs("pairs-25-steps", "--num_pairs 5000 --num_inference_steps 25"), train("dmd", "digits_dmd", PAIRS))),
     "phased DMD, 2 steps": phased("1 1"),
     "phased DMD, 4 steps": phased("2 2"),
     "VSD, 1 step": Row((train("vsd", "digits_vsd"),)),
+    "adversarial self-distillation": Row((train("adversarial_self_distillation", "digits_adversarial_self_distillation"),), (1, 2, 4)),
+    "LCM": Row((train("lcm", "digits_lcm"),), (1, 2, 4)),
+    "TCD": Row((train("tcd", "digits_tcd"),), (1, 2, 4)),
+    "PCM, 1 phase": Row((train("pcm", "digits_pcm", "--phases 1"),)),
+    "PCM, 2 phases": Row((train("pcm", "digits_pcm", "--phases 2"),)),
+    "PCM, 4 phases": Row((train("pcm", "digits_pcm", "--phases 4"),)),
+    "sCM": Row((train("scm", "digits_scm"),), (1, 2, 4)),
     "consistency training (ECT)": Row((train("consistency", "digits_consistency"),), (1, 2, 4)),
     "reflow, then distilled": REFLOW,
 }

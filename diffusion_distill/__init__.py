@@ -4,7 +4,7 @@ from .config import TeacherConfig
 from .data import DataConfig, build_dataset
 from .distill import distill, run
 from .errors import InputError
-from .methods import DMD, DMD2, LCM, METHODS, PCM, SCM, TCD, VSD, Consistency, PhasedDMD, Reflow, ReflowDistillation
+from .methods import ASD, DMD, DMD2, LCM, METHODS, PCM, SCM, TCD, VSD, Consistency, PhasedDMD, Reflow, ReflowDistillation
 from .pair_writer import PairConfig, write_pairs
 from .sampler import FewStepSampler
 from .train_config import TrainConfig
@@ -13,6 +13,7 @@ from .trainer import NonFiniteError, Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASD",
     "DMD",
     "DMD2",
     "LCM",

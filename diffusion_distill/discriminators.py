@@ -1,4 +1,7 @@
-"""Discriminators: `nets.discriminator(nets, x_t, t, cond)` is one logit a sample, (B,), wherever its features come from."""
+"""Discriminators: `nets.discriminator(nets, x_t, t, cond)` is one logit a sample, (B,), wherever its features come from.
+
+Built with a number of `logits` K, it is K of them, (B, K): as many discriminators on the same features.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,25 +20,27 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels, max(channels // 8, 1)), channels)
 
 
-def map_head(channels: int, size: int) -> nn.Sequential:
+def map_head(channels: int, size: int, logits: int | None = None) -> nn.Sequential:
     """Head on a feature map (B, C, H, W): 4x4 convolutions to one logit, as DMD2's on the middle block (app. of 2405.14867)."""
     layers: list[nn.Module] = []
     while size > 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels), nn.SiLU()]
         size //= 2
-    layers += [nn.Conv2d(channels, channels, size), _norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1), nn.Flatten(0)]
+    layers += [nn.Conv2d(channels, channels, size), _norm(channels), nn.SiLU(), nn.Conv2d(channels, logits or 1, 1)]
+    layers.append(nn.Flatten(1 if logits else 0))
     return nn.Sequential(*layers)
 
 
 class TokenHead(nn.Sequential):
-    """Head on tokens (B, N, C): the mean of one logit a token."""
+    """Head on tokens (B, N, C): the mean over the tokens' logits."""
 
-    def __init__(self, channels: int):
-        super().__init__(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+    def __init__(self, channels: int, logits: int | None = None):
+        super().__init__(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, logits or 1))
+        self.logits = logits
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = super().forward(tokens)
-        return logits.mean((1, 2))
+        mean: Tensor = super().forward(tokens).mean(1)
+        return mean if self.logits else mean.squeeze(1)
 
 
 class FeatureDiscriminator(nn.Module):
@@ -44,10 +49,12 @@ class FeatureDiscriminator(nn.Module):
     A fake-score trunk learns from the discriminator's loss too.
     """
 
-    def __init__(self, trunk: str, features: list[Tensor]):
+    def __init__(self, trunk: str, features: list[Tensor], logits: int | None = None):
         super().__init__()
         self.trunk = trunk
-        self.heads = nn.ModuleList(map_head(f.shape[1], min(f.shape[2:])) if f.ndim == 4 else TokenHead(f.shape[2]) for f in features)
+        self.heads = nn.ModuleList(
+            map_head(f.shape[1], min(f.shape[2:]), logits) if f.ndim == 4 else TokenHead(f.shape[2], logits) for f in features
+        )
 
     def forward(self, nets: Any, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         features = getattr(nets, self.trunk).features(x_t, t, cond)
@@ -60,7 +67,7 @@ class OwnDiscriminator(nn.Module):
     For teachers that are too small to have features worth a head, and for x0 small enough for plain convolutions.
     """
 
-    def __init__(self, teacher: Denoiser, channels: int, condition_size: int, width: int = 48):
+    def __init__(self, teacher: Denoiser, channels: int, condition_size: int, logits: int | None = None, width: int = 48):
         super().__init__()
         self.family, self.schedule, self.teacher_model = teacher.family, teacher.schedule, [teacher.model]  # a list: not a submodule
         self.body = nn.Sequential(
@@ -72,33 +79,34 @@ class OwnDiscriminator(nn.Module):
             nn.SiLU(),
             nn.Flatten(),
         )
-        self.head = nn.LazyLinear(1)
-        self.project = nn.Linear(condition_size, 2 * width, bias=False)
-        self.width = width
+        self.head = nn.LazyLinear(logits or 1)
+        self.project = nn.Linear(condition_size, (logits or 1) * 2 * width, bias=False)
+        self.logits = logits
 
     def forward(self, nets: Any, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x_t = x_t.float()
         noise_level = expand_dims(self.schedule.sigma(t), x_t).expand(-1, 1, *x_t.shape[2:])
         hidden = self.body(torch.cat([x_t, noise_level], 1))
         condition = self.project(self.family.condition_vector(self.teacher_model[0], cond).float())
-        pooled = hidden.reshape(len(hidden), 2 * self.width, -1).mean(2)
-        logits: Tensor = self.head(hidden).squeeze(1) + (pooled * condition).sum(1)
-        return logits
+        condition = condition.unflatten(1, (self.head.out_features, -1))
+        pooled = hidden.reshape(len(hidden), condition.shape[2], -1).mean(2)
+        logits: Tensor = self.head(hidden) + (pooled[:, None] * condition).sum(2)
+        return logits if self.logits else logits.squeeze(1)
 
 
-def _own(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> nn.Module:
+def _own(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, logits: int | None = None) -> nn.Module:
     vector = teacher.family.condition_vector(teacher.model, cond)
-    network = OwnDiscriminator(teacher, x_t.shape[1], vector.shape[1]).to(x_t.device)
+    network = OwnDiscriminator(teacher, x_t.shape[1], vector.shape[1], logits).to(x_t.device)
     network(None, x_t, t, cond)  # sizes the lazy head
     return network
 
 
 def _heads_on(trunk: str) -> Callable[..., nn.Module]:
-    def build(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> nn.Module:
-        return FeatureDiscriminator(trunk, teacher.features(x_t, t, cond)).to(x_t.device)
+    def build(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, logits: int | None = None) -> nn.Module:
+        return FeatureDiscriminator(trunk, teacher.features(x_t, t, cond), logits).to(x_t.device)
 
     return build
 
 
 DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {"fake_score": _heads_on("fake_score"), "teacher": _heads_on("teacher"), "own": _own}
-"""Builders by name: `(teacher, x_t, t, cond) -> module`, shapes taken from one example input."""
+"""Builders by name: `(teacher, x_t, t, cond, logits) -> module`, shapes taken from one example input."""

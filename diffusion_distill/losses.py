@@ -54,6 +54,11 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
+def relativistic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Relativistic pairing loss of the discriminator (arXiv:1807.00734; R3GAN, 2501.05417, eq. 2); swapped, the generator's."""
+    return F.softplus(fake_logits - real_logits).mean()
+
+
 def image_pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
     """sqrt(|x - target|^2 + c^2) - c over the whole of each sample, (B,) (iCT, arXiv:2310.14189, eq. 8)."""
     return ((x - target).square().flatten(1).sum(1) + c**2).sqrt() - c

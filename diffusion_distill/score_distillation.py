@@ -100,11 +100,6 @@ def _spread(schedule: NoiseSchedule, t: Tensor, s: float, floor: float) -> Tenso
     return schedule.transition(t, _scalar(s, t))[1].clamp(min=floor)
 
 
-def approximate_r1(logits: Tensor, perturbed_logits: Tensor) -> Tensor:
-    """E (D(x + s n) - D(x))^2 = s^2 E|grad D|^2 + O(s^4): R1 without a second derivative (arXiv:2501.08316, eq. 5)."""
-    return (perturbed_logits - logits).square().mean()
-
-
 @torch.no_grad()
 def agreement(x0: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """What tells whether score distillation works: how far and in which direction the fake score is from the teacher.

@@ -13,7 +13,7 @@ from diffusion_distill.build import teacher_denoiser
 from diffusion_distill.discriminators import DISCRIMINATORS, map_head
 from diffusion_distill.losses import discriminator_loss, generator_loss
 from diffusion_distill.networks import Networks, trainable_copy
-from diffusion_distill.score_distillation import approximate_r1
+from diffusion_distill.adversarial import approximate_r1
 
 PIPELINES = {
     "unet2d": cache(class_conditional),

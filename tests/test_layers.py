@@ -19,7 +19,7 @@ LAYERS = (
     ("pairs", "random"),
     ("schedule",),
     ("prediction",),
-    ("losses", "time_laws"),
+    ("adversarial", "losses", "time_laws"),
     ("adapters", "families", "jvp", "trigflow"),
     ("denoiser",),
     ("experts", "networks", "sampler"),

@@ -1,4 +1,12 @@
-"""Distil a pipeline with phased consistency distillation."""
+"""Distil a pipeline with phased consistency distillation.
+
+Digits, four phases without the discriminator: Frechet distance .553 at four steps (the flow teacher's best is .511; one training seed,
+5,000 samples with each of two noise seeds), 94 CPU seconds on one core with that evaluation; two phases .714 at two steps in 83 s, one
+phase 1.761 at one step in 78 s:
+    python train/digits_teacher.py --output_dir outputs/teacher-flow
+    accelerate launch --cpu train/pcm.py --config train/recipes/digits_pcm.yaml --phases 4 \
+        --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/pcm-4
+"""
 
 from diffusion_distill.cli import train
 from diffusion_distill.config import run_cli

@@ -1,5 +1,6 @@
 """Distillation methods by name."""
 
+from .adversarial_self_distillation import ASD
 from .base import Batch, Loss, Method, Update
 from .consistency import Consistency
 from .dmd import DMD
@@ -13,6 +14,7 @@ from .tcd import TCD
 from .vsd import VSD
 
 METHODS: dict[str, type[Method]] = {
+    "adversarial_self_distillation": ASD,
     "consistency": Consistency,
     "dmd": DMD,
     "dmd2": DMD2,
@@ -27,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = [
+    "ASD",
     "DMD",
     "DMD2",
     "LCM",

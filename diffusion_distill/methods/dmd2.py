@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adversarial import add_direction, approximate_r1, input_direction
 from ..denoiser import Denoiser
 from ..discriminators import DISCRIMINATORS
 from ..errors import reject
@@ -16,7 +17,7 @@ from ..losses import discriminator_loss, generator_loss, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import approximate_r1, denoising_score_matching, distribution_matching
+from ..score_distillation import denoising_score_matching, distribution_matching
 from .base import Batch, Loss, Method, Update, check_choices
 
 
@@ -122,18 +123,9 @@ class DMD2(Method):
         pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
         direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
         if self.needs_images:
-            gan, gan_direction = self.gan_direction(nets, x0, batch)
-            scale = direction.norm() / gan_direction.norm().clamp(min=1e-12) if self.gan_weighting == "relative" else 1
-            direction = direction + self.gan_weight * scale * gan_direction
-            logs["gan"] = gan
+            logs["gan"], gan = input_direction(x0, lambda x: generator_loss(self.discriminate(nets, x, batch)[0]))
+            direction = add_direction(direction, gan, self.gan_weight, self.gan_weighting == "relative")
         return surrogate(x0, direction), logs
-
-    def gan_direction(self, nets: Networks, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The GAN loss of x0 (B, ...) and its gradient in the scale of `surrogate`'s direction, (B, ...)."""
-        with torch.enable_grad():
-            leaf = x0.detach().requires_grad_(True)
-            loss = generator_loss(self.discriminate(nets, leaf, batch)[0])
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0] * leaf.numel()
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Loss:
         x0 = batch.carried.pop("x0", None)

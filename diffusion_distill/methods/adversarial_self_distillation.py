@@ -1,0 +1,184 @@
+"""Adversarial self-distillation: one student for every number of steps (arXiv:2511.01419)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adversarial import add_direction, approximate_r1, input_direction
+from ..denoiser import Denoiser
+from ..discriminators import DISCRIMINATORS
+from ..errors import reject
+from ..families import Cond
+from ..losses import relativistic_loss, surrogate
+from ..networks import Networks
+from ..sampler import FewStepSampler, uniform_timesteps
+from ..schedule import NoiseSchedule
+from ..score_distillation import denoising_score_matching, distribution_matching
+from .base import Batch, Loss, Method, Update, check_choices
+
+
+@dataclass
+class ASD(Method):
+    """The student's n-step samples are matched to the teacher, and follow its own (n+1)-step samples in distribution, n = 1 ... N.
+
+    Distribution matching trains the last of n calls, n drawn anew for each step; one fake score sees the samples of every n. For n < N
+    a relativistic pair of logits, the n-th of a discriminator, compares them with (n+1)-step samples from other noise, which receive no
+    gradient: a small step in quality at a time, where the teacher alone is a large one. Image-free.
+    """
+
+    copies: ClassVar = ("student", "fake_score")
+
+    max_inference_steps: int = 4
+    """N: the one student serves 1 to N network calls."""
+    timestep_shift: float = 5.0
+    """Shift of the evenly spaced timesteps towards noise; flow matching only."""
+    sampling: Literal["sde", "ode"] = "sde"
+    """Between two steps: re-noise the predicted x0 (the paper) or carry the predicted noise along."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of the teacher; 1 is off. The student and the fake score are never guided."""
+    student_update_interval: int = 5
+    """The student trains at every k-th step, the fake score and the discriminator at all of them."""
+    min_level: float = 0.02
+    """Cleanest noise level of the distribution-matching loss, as a fraction of the schedule."""
+    max_level: float = 0.98
+    """Noisiest noise level of the distribution-matching loss, as a fraction of the schedule."""
+    fake_score_learning_rate: float | None = None
+    """Learning rate of the fake score. None: the student's."""
+    normalizer_floor: float = 1e-6
+    """Smallest value of the per-sample normaliser mean|x0 - real|."""
+    gan_weight: float = 10.0
+    """Weight of the adversarial term in the student's loss. 0 trains without a discriminator."""
+    gan_weighting: Literal["fixed", "relative"] = "fixed"
+    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's."""
+    discriminator: Literal["fake_score", "teacher", "own"] = "fake_score"
+    """Heads on the fake score's middle block, which stays frozen in the discriminator's turn, on the teacher's, or a small network of
+    its own."""
+    discriminator_learning_rate: float | None = None
+    """Learning rate of the discriminator. None: the fake score's."""
+    max_gan_level: float = 1.0
+    """Noisiest level at which the discriminator looks, as a fraction of the schedule."""
+    penalty_weight: float = 1.5
+    """Weight of the approximate R1 and R2 penalties: on the discriminator's slope at (n+1)-step and at n-step samples."""
+    penalty_std: float = 0.05
+    """Standard deviation of the perturbation in the approximate penalties."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.max_inference_steps < 2:
+            raise reject("max_inference_steps", self.max_inference_steps, "at least 2; dmd2 trains a student of one step")
+        if not 0 <= self.min_level < self.max_level <= 1:
+            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
+        if not 0 < self.max_gan_level <= 1:
+            raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
+        if self.student_update_interval < 1:
+            raise reject("student_update_interval", self.student_update_interval, "at least 1")
+        for name in ("guidance_scale", "gan_weight", "penalty_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise reject(name, getattr(self, name), "0 or more")
+        for name in ("timestep_shift", "penalty_std", "normalizer_floor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise reject(name, getattr(self, name), "a number above 0")
+
+    def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
+        return self.grid(schedule, self.max_inference_steps)
+
+    def samplers(self, schedule: NoiseSchedule) -> tuple[FewStepSampler, ...]:
+        return tuple(self.grid(schedule, steps) for steps in range(self.max_inference_steps, 0, -1))
+
+    def grid(self, schedule: NoiseSchedule, steps: int) -> FewStepSampler:
+        return FewStepSampler(uniform_timesteps(schedule, steps, self.timestep_shift), self.sampling)
+
+    def extra_networks(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, nn.Module]:
+        build = DISCRIMINATORS[self.discriminator]
+        return {"discriminator": build(teacher, x_t, t, cond, self.max_inference_steps - 1)} if self.gan_weight else {}
+
+    def learning_rate(self, role: str) -> float | None:
+        if role == "discriminator" and self.discriminator_learning_rate is not None:
+            return self.discriminator_learning_rate
+        return None if role == "student" else self.fake_score_learning_rate
+
+    def updates(self, step: int) -> Iterator[Update]:
+        if step % self.student_update_interval == 0:
+            yield ("student",), self.student_loss
+        yield ("fake_score",), self.critic_loss
+        if self.gan_weight:
+            yield ("discriminator",), self.discriminator_loss
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Loss:
+        steps, x0 = self.draw(nets, batch)
+        level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
+        t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
+        pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
+        direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
+        if self.gan_weight and steps < self.max_inference_steps:
+            with torch.no_grad():
+                batch.carried["more"] = more = self.generate(nets, batch, steps + 1)
+            noised = self.diffuse(nets, batch)
+
+            def generator_loss(x: Tensor) -> Tensor:
+                fewer, ahead = (noised(sample)[0][:, steps - 1] for sample in (x, more))
+                return relativistic_loss(fewer, ahead)
+
+            logs["gan"], gan = input_direction(x0, generator_loss)
+            direction = add_direction(direction, gan, self.gan_weight, self.gan_weighting == "relative")
+        return surrogate(x0, direction), logs
+
+    def critic_loss(self, nets: Networks, batch: Batch) -> Loss:
+        """The fake score learns the samples of all n; without a turn of the student in this step it draws its own."""
+        if "x0" not in batch.carried:
+            with torch.no_grad():
+                self.draw(nets, batch)
+        x0 = batch.carried["x0"]
+        t = nets.fake_score.schedule.timestep(batch.random.uniform())
+        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond)
+        return loss, {"denoising": loss.detach()}
+
+    def discriminator_loss(self, nets: Networks, batch: Batch) -> Loss:
+        """On the pair of the student's turn; samples of N steps take the place of the better ones, beside new ones of N - 1."""
+        steps, x0, more = int(batch.carried.pop("steps")), batch.carried.pop("x0"), batch.carried.pop("more", None)
+        with torch.no_grad():
+            if steps == self.max_inference_steps:
+                steps, x0, more = steps - 1, self.generate(nets, batch, steps - 1), x0
+            elif more is None:
+                more = self.generate(nets, batch, steps + 1)
+        noised = self.diffuse(nets, batch)
+        (real, real_near), (fake, fake_near) = (noised(sample, self.penalty_weight > 0) for sample in (more, x0))
+        real, fake = real[:, steps - 1], fake[:, steps - 1]
+        loss = relativistic_loss(real, fake)
+        logs = {"relativistic": loss.detach(), "logit_gap": (real - fake).detach().mean()}
+        if self.penalty_weight:
+            slopes = approximate_r1(real, real_near[:, steps - 1]) + approximate_r1(fake, fake_near[:, steps - 1])
+            loss = loss + self.penalty_weight / self.penalty_std**2 * slopes
+        return loss, logs
+
+    def draw(self, nets: Networks, batch: Batch) -> tuple[int, Tensor]:
+        """The n of this step, the same on every rank, and n-step samples x0 (B, ...); the next turns find both."""
+        steps = 1 + batch.random.shared_integer(self.max_inference_steps)
+        x0 = self.generate(nets, batch, steps)
+        batch.carried |= {"steps": torch.tensor(steps), "x0": x0.detach()}
+        return steps, x0
+
+    def generate(self, nets: Networks, batch: Batch, steps: int) -> Tensor:
+        """x0 (B, ...) of `steps` network calls from noise of its own, with gradient in the last one."""
+        noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
+        sampler = self.grid(nets.student.schedule, steps)
+        with torch.no_grad():
+            x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, steps - 1)
+        x0: Tensor = nets.student(x_t, t, batch.cond).x0
+        return x0
+
+    def diffuse(self, nets: Networks, batch: Batch) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The logits (B, N - 1) of any samples (B, ...), diffused with the same noise to the same timesteps, and close to these."""
+        schedule = nets.teacher.schedule
+        t = schedule.timestep(self.max_gan_level * batch.random.uniform())
+        eps, nearby = (batch.random.normal((len(t), *batch.sample_shape)) for _ in range(2))
+
+        def logits(x0: Tensor, perturbed: bool = False) -> tuple[Tensor, Tensor]:
+            x_t = schedule.add_noise(x0, eps, t)
+            found = nets.discriminator(nets, x_t, t, batch.cond)
+            return found, nets.discriminator(nets, x_t + self.penalty_std * nearby, t, batch.cond) if perturbed else found
+
+        return logits
