@@ -9,11 +9,11 @@ import torch
 from tiny_pipelines import class_conditional, example_conditions, stable_diffusion, stable_diffusion_3
 from torch import Tensor, nn
 
+from diffusion_distill.adversarial import approximate_r1
 from diffusion_distill.build import teacher_denoiser
 from diffusion_distill.discriminators import DISCRIMINATORS, map_head
 from diffusion_distill.losses import discriminator_loss, generator_loss
 from diffusion_distill.networks import Networks, trainable_copy
-from diffusion_distill.adversarial import approximate_r1
 
 PIPELINES = {
     "unet2d": cache(class_conditional),

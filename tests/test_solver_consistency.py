@@ -108,6 +108,13 @@ def test_intervals_and_ends_are_drawn_evenly() -> None:
         assert counts[:first].sum() == 0 and bool((counts[first:] - 840 / (8 - first)).abs().max() <= 1) and len(counts) == 8
 
 
+def test_lcms_intervals_double_from_stage_to_stage() -> None:
+    method = LCM((1,), solver_intervals=40, stages=3, stage_steps=10)
+    stages = [next(method.updates(step))[1].keywords["intervals"] for step in (0, 9, 10, 20, 400)]  # type: ignore[attr-defined]
+    assert stages == [10, 10, 20, 40, 40] and len(method.timesteps(VP)) == 41
+    assert next(PLAIN.updates(10**6))[1].keywords["intervals"] == PLAIN.solver_intervals  # type: ignore[attr-defined]
+
+
 def test_tscd_grows_its_segments() -> None:
     method = TCD(segments=(8, 4, 2, 1), stage_steps=10)
     stages = [next(method.updates(step))[1].keywords["segments"] for step in (0, 9, 10, 20, 30, 400)]  # type: ignore[attr-defined]
@@ -367,7 +374,7 @@ def test_an_embedding_student_learns_each_samples_own_scale() -> None:
     cond, uncond = (nets.student.family.encode_conditions(pipe, [text] * 6) for text in ("a", ""))
     batch = Batch(cond, uncond, (4, 8, 8), SampleRandom((0,), range(6)), torch.randn(6, 4, 8, 8))
     with nets.only_trains(("student",)):
-        method.consistency_loss(nets, batch)[0].backward()
+        next(method.updates(0))[1](nets, batch)[0].backward()
     assert torch.equal(seen[0], seen[1]) and len(seen[0].unique(dim=0)) == 6
     gradient = nets.parameters("student")["model.time_embedding.cond_proj.weight"].grad
     assert gradient is not None and float(gradient.abs().max()) > 0

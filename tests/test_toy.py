@@ -19,10 +19,10 @@ from toy import TEACHERS, GaussianMixture, ToyNetwork, denoiser_of, energy_dista
 
 from diffusion_distill.denoiser import Denoiser
 from diffusion_distill.losses import surrogate
-from diffusion_distill.methods import DMD2, Batch
+from diffusion_distill.methods import DMD2, Batch, Method
 from diffusion_distill.networks import Networks, trainable_copy
 from diffusion_distill.random import SampleRandom
-from diffusion_distill.sampler import ode_sample, uniform_timesteps
+from diffusion_distill.sampler import FewStepSampler, ode_sample, uniform_timesteps
 from diffusion_distill.schedule import NoiseSchedule
 from diffusion_distill.score_distillation import denoising_score_matching, real_and_fake
 
@@ -203,11 +203,12 @@ def pretrained(teacher: str, steps: int = 1000, size: int = 256) -> Denoiser:
     return denoiser_of(teacher, net)
 
 
-def distil(method: DMD2, teacher: str, steps: int = 300, size: int = 96, rate: float = 1e-3, seed: int = 0) -> Networks:
+def distil(method: Method, teacher: str, steps: int = 300, size: int = 96, rate: float = 1e-3, seed: int = 0) -> Networks:
     """The loop in its shortest form: the named roles train, each with its own optimizer; the fake score at four times the rate."""
     start = pretrained(teacher)
-    nets = Networks(teacher=s_curve(teacher), student=trainable_copy(start), fake_score=trainable_copy(start))
-    rates = {"student": rate, "fake_score": 4 * rate}
+    extra = method.extra_networks(start, torch.zeros(1, 2), torch.ones(1), unlabelled(1))
+    nets = Networks(teacher=s_curve(teacher), student=trainable_copy(start), fake_score=trainable_copy(start), **extra)
+    rates = {"student": rate} | dict.fromkeys(("fake_score", *extra), 4 * rate)
     optimizers = {role: torch.optim.Adam(nets.parameters(role).values(), betas=(0.0, 0.999), fused=True) for role in rates}
     for step in range(steps):
         batch = Batch(unlabelled(size), unlabelled(size), (2,), SampleRandom((), range(size)))
@@ -222,14 +223,17 @@ def distil(method: DMD2, teacher: str, steps: int = 300, size: int = 96, rate: f
     return nets
 
 
-def distances(method: DMD2, teacher: str, nets: Networks, count: int = 3000) -> tuple[float, float]:
+def distances(
+    method: Method, teacher: str, nets: Networks, count: int = 3000, sampler: FewStepSampler | None = None
+) -> tuple[float, float]:
     """Energy distance to the data of the student's samples and of the teacher's own Euler (DDIM) samples in as many steps."""
     generator, schedule = torch.Generator().manual_seed(1), nets.teacher.schedule
     data = nets.teacher.model.sample(unlabelled(count)["label"], generator)
     noise = torch.randn(count, 2, generator=generator)
-    grid = uniform_timesteps(schedule, len(method.sampler(schedule).timesteps))
+    sampler = sampler or method.sampler(schedule)
+    grid = uniform_timesteps(schedule, len(sampler.timesteps))
     euler = ode_sample(nets.teacher, noise, unlabelled(count), grid)
-    student = method.sampler(schedule).sample(nets.student, noise, unlabelled(count), lambda x: torch.randn(x.shape, generator=generator))
+    student = sampler.sample(nets.student, noise, unlabelled(count), lambda x: torch.randn(x.shape, generator=generator))
     return energy_distance(student, data), energy_distance(euler, data)
 
 

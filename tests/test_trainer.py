@@ -17,7 +17,7 @@ from tiny_pipelines import class_conditional
 
 from diffusion_distill import DMD2, InputError, NonFiniteError, TrainConfig, Trainer
 from diffusion_distill.data import DataConfig, build_dataset
-from diffusion_distill.methods import DMD, LCM, PCM, SCM, TCD, VSD, Consistency, Method, PhasedDMD, Reflow, ReflowDistillation
+from diffusion_distill.methods import ASD, DMD, LCM, PCM, SCM, TCD, VSD, Consistency, Method, PhasedDMD, Reflow, ReflowDistillation
 
 PROCESSES = ("flow", "v_prediction", "epsilon")
 IMAGE_FREE = DMD2(num_inference_steps=2, guidance_scale=1.0, gan_weight=0.0, student_update_interval=2)
@@ -28,13 +28,15 @@ EASY = Consistency(stages=2, stage_steps=3)
 CONSISTENT = Consistency((1, 2), neighbour="distillation", discretization="grid", guidance_scale=2.0, target="follower", target_decay=0.8)
 ANNEALED = Reflow(time_law="u_shaped", annealing="linear", annealing_steps=4)
 DISTILLED = ReflowDistillation((1, 2), inputs="student", two_step_weight=1.0)
-LATENT = LCM((2, 1), guidance="fixed", guidance_scale=2.0, solver_intervals=20, target_decay=0.8)
-PIECEWISE = PCM(2, solver_intervals=20, guidance_scale=2.0, discriminator="own", discriminator_learning_rate=None)
+LATENT = LCM((2, 1), guidance="fixed", guidance_scale=2.0, solver_intervals=20, stages=2, stage_steps=3, target_decay=0.8)
+PIECEWISE = PCM(2, solver_intervals=20, guidance_scale=2.0, target_decay=0.8, discriminator="own", discriminator_learning_rate=None)
 TRAJECTORY = TCD((2, 1), gamma=1.0, segments=(2, 1), stage_steps=3, solver_intervals=20, guidance_scale=2.0)
 ADAPTED = VSD(guidance_scale=2.0, fake_score_rank=2, fake_score_alpha=4, unconditional_share=0.3)
 CONTINUOUS = SCM((1, 2), warmup_steps=4)
 DIFFERENCED = SCM((1, 2), derivative="backward", difference_step=0.05, velocity="data", warmup_steps=4, adaptive_weighting=False)
+SELF = ASD(3, guidance_scale=2.0, student_update_interval=2, discriminator="fake_score", gan_weight=0.5, penalty_weight=0.0)
 METHODS: dict[str, Method] = {
+    "self": SELF,
     "scm": CONTINUOUS,
     "scm_difference": DIFFERENCED,
     "vsd": ADAPTED,

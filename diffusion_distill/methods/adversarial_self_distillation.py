@@ -52,7 +52,8 @@ class ASD(Method):
     gan_weight: float = 10.0
     """Weight of the adversarial term in the student's loss. 0 trains without a discriminator."""
     gan_weighting: Literal["fixed", "relative"] = "fixed"
-    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's."""
+    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's,
+    batch by batch: accumulated micro-batches are then not quite one large batch."""
     discriminator: Literal["fake_score", "teacher", "own"] = "fake_score"
     """Heads on the fake score's middle block, which stays frozen in the discriminator's turn, on the teacher's, or a small network of
     its own."""

@@ -61,7 +61,8 @@ class DMD2(Method):
     gan_weight: float = 5e-3
     """Weight of the GAN term in the student's loss. 0 trains without images."""
     gan_weighting: Literal["fixed", "relative"] = "fixed"
-    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's."""
+    """`fixed` multiplies the loss; `relative` makes its gradient norm `gan_weight` times the distribution-matching one's,
+    batch by batch: accumulated micro-batches are then not quite one large batch."""
     discriminator: Literal["fake_score", "teacher", "own"] = "fake_score"
     """Heads on the fake score's middle block (the paper), on the teacher's, or a small network of its own."""
     discriminator_weight: float = 1e-2

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,6 +35,11 @@ class LCM(Method):
     """Numbers of network calls that the one student serves, the default first."""
     solver_intervals: int = 50
     """Intervals of the DDIM (Euler) solver, K: each skips 1000 / K timesteps of the teacher. A divisor of 1000 for DDPM-style teachers."""
+    stages: int = 1
+    """Stages of a curriculum in which the intervals double, `solver_intervals` in the last one (after iCT, arXiv:2310.14189, sec. 3.4); 1:
+    the same intervals all along (the paper)."""
+    stage_steps: int = 1000
+    """Steps of one stage; the last one goes on to the end."""
     timestep_shift: float = 1.0
     """Shift of the solver's timesteps towards noise; flow matching only."""
     guidance: Literal["embedded", "fixed"] = "embedded"
@@ -56,6 +62,13 @@ class LCM(Method):
         self.num_inference_steps = check_steps(self.num_inference_steps)
         if self.solver_intervals < max(self.num_inference_steps):
             raise reject("solver_intervals", self.solver_intervals, f"at least the {max(self.num_inference_steps)} num_inference_steps")
+        for name in ("stages", "stage_steps"):
+            if getattr(self, name) < 1:
+                raise reject(name, getattr(self, name), "at least 1")
+        if self.solver_intervals % 2 ** (self.stages - 1):
+            raise reject(
+                "solver_intervals", self.solver_intervals, f"a multiple of {2 ** (self.stages - 1)}: halved {self.stages - 1} times"
+            )
         if not 0 <= self.target_decay < 1:
             raise reject("target_decay", self.target_decay, "0 or more and below 1")
         for name in ("timestep_shift", "huber_c"):
@@ -91,13 +104,15 @@ class LCM(Method):
         return tuple(FewStepSampler(served_timesteps(grid, n), guidance_embedding=scale) for n in self.num_inference_steps)
 
     def updates(self, step: int) -> Iterator[Update]:
-        yield ("student",), self.consistency_loss
+        stage = min(step // self.stage_steps, self.stages - 1)
+        yield ("student",), partial(self.consistency_loss, intervals=self.solver_intervals // 2 ** (self.stages - 1 - stage))
 
-    def consistency_loss(self, nets: Networks, batch: Batch) -> Loss:
+    def consistency_loss(self, nets: Networks, batch: Batch, intervals: int) -> Loss:
         assert batch.x0 is not None
         student: Denoiser = nets.student
-        schedule, table = student.schedule, as_table(self.timesteps(student.schedule), batch.x0.device)
-        interval = draw_interval(batch.random.uniform(), self.solver_intervals)
+        schedule = student.schedule
+        table = as_table(solver_timesteps(schedule, intervals, self.timestep_shift), batch.x0.device)
+        interval = draw_interval(batch.random.uniform(), intervals)
         t, s = table[interval + 1], table[interval]
         x_t = schedule.add_noise(batch.x0, batch.random.normal_like(batch.x0), t)
         scale, cond = self.draw_guidance(nets, batch)

@@ -38,6 +38,8 @@ class PCM(Method):
     """Shift of the solver's timesteps, and so of the edges, towards noise; flow matching only."""
     guidance_scale: float = 5.5
     """Classifier-free guidance of the teacher; 1 is off (the released code draws w from 4 to 5, which is 5 to 6 here)."""
+    target_decay: float = 0.0
+    """Decay of a moving average in the target; 0 is the student itself without gradient."""
     loss: Literal["pseudo_huber", "l2"] = "pseudo_huber"
     """Distance of the two edges, elementwise: sqrt(d^2 + c^2) - c, or d^2."""
     huber_c: float = 1e-3
@@ -57,6 +59,8 @@ class PCM(Method):
             raise reject(
                 "solver_intervals", self.solver_intervals, f"a multiple of the {self.phases} phases, so that edges are on the grid"
             )
+        if not 0 <= self.target_decay < 1:
+            raise reject("target_decay", self.target_decay, "0 or more and below 1")
         for name in ("guidance_scale", "gan_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise reject(name, getattr(self, name), "0 or more")
@@ -67,6 +71,10 @@ class PCM(Method):
     @property
     def needs_images(self) -> bool:
         return True
+
+    @property
+    def followers(self) -> dict[str, float]:
+        return {"target": self.target_decay} if self.target_decay else {}
 
     def timesteps(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         return solver_timesteps(schedule, self.solver_intervals, self.timestep_shift)
@@ -105,7 +113,7 @@ class PCM(Method):
         x_t = schedule.add_noise(batch.x0, batch.random.normal_like(batch.x0), t)
         x_s = solver_step(nets.teacher, x_t, t, s, batch.cond, batch.uncond, self.guidance_scale)
         with torch.no_grad(), same_dropout(x_t):
-            jumped = jump(schedule, student(x_s, s, batch.cond), end)
+            jumped = jump(schedule, (nets.target if self.target_decay else student)(x_s, s, batch.cond), end)
         target = torch.where(expand_dims(interval == first, x_t) > 0, x_s, jumped)
         return jump(schedule, student(x_t, t, batch.cond), end), target, first
 
