@@ -117,6 +117,9 @@ def test_turns_and_roles() -> None:
     turns = [[roles for roles, _ in ASD(student_update_interval=2).updates(step)] for step in range(2)]
     assert turns == [[("student",), ("fake_score",), ("discriminator",)], [("fake_score",), ("discriminator",)]]
     assert [roles for roles, _ in ASD(gan_weight=0).updates(0)] == [("student",), ("fake_score",)]
+    warm = ASD(warmup_steps=2, student_update_interval=1)
+    assert [[roles for roles, _ in warm.updates(step)] for step in (1, 2)] == [turns[0][:2], turns[0]]
+    assert [loss_fn.args[0] for step in (1, 2) for _, loss_fn in list(warm.updates(step))[:2]] == [1, 1, 4, 4]  # type: ignore[attr-defined]
     assert not ASD().needs_images and not ASD().needs_pairs
 
 
@@ -142,7 +145,7 @@ def test_numbers_of_steps_are_drawn_evenly_and_shared() -> None:
     method = ASD(4, gan_weight=0, **PLAIN)
     nets, drawn = networks("flow", method), []
     for step in range(12):
-        found = {method.draw(nets, batch(step, slots=slots))[0] for slots in (range(2), range(2, 4), range(6, 8))}
+        found = {method.draw(4, nets, batch(step, slots=slots))[0] for slots in (range(2), range(2, 4), range(6, 8))}
         assert len(found) == 1
         drawn += found
     assert len(set(drawn)) > 1
@@ -160,7 +163,7 @@ def test_samples_of_n_steps_take_the_gradient_and_those_of_one_more_none(process
         calls.clear()
         given = batch(step_with(count, method), slots=range(12))
         with nets.only_trains(("student",)):
-            method.student_loss(nets, given)[0].backward()
+            method.student_loss(method.max_inference_steps, nets, given)[0].backward()
         fewer, more = calls[:count], calls[count:]
         grids = {len(s.timesteps): list(s.timesteps) for s in method.samplers(nets.student.schedule)}
         assert [c.with_gradient for c in fewer] == [False] * (count - 1) + [True]
@@ -183,15 +186,15 @@ def test_the_term_is_the_gradient_of_the_generators_relativistic_loss(process: s
     step = step_with(2, method)
     given, seen = batch(step), record_discriminator(nets)
     with nets.only_trains(("student",)):
-        both = gradient(nets, "student", method.student_loss(nets, given)[0])
-        alone = gradient(nets, "student", matching.student_loss(nets, batch(step))[0])
+        both = gradient(nets, "student", method.student_loss(method.max_inference_steps, nets, given)[0])
+        alone = gradient(nets, "student", matching.student_loss(4, nets, batch(step))[0])
         (near, t, _), (far, t_far, on_more) = seen[:2]
         assert torch.equal(t, t_far)
         alpha, sigma = (torch.tensor(c).float() for c in coefficients(process, t))
         eps = noise_in(process, near, t, array(given.carried["x0"]))
         assert is_unit_noise(eps)
         np.testing.assert_allclose(noise_in(process, far, t, array(given.carried["more"])), eps, rtol=1e-2, atol=1e-2)
-        _, x0 = method.draw(nets, batch(step))
+        _, x0 = method.draw(4, nets, batch(step))
         on_fewer = nets.discriminator(nets, alpha * x0 + sigma * torch.tensor(eps).float(), t, given.cond)[:, 1]
         adversarial = gradient(nets, "student", F.softplus(on_more[:, 1] - on_fewer).mean())
     assert adversarial.norm() > 1e-7
@@ -205,9 +208,9 @@ def test_the_discriminators_loss_is_written_out(process: str, count: int) -> Non
     method = ASD(3, penalty_weight=0.4, penalty_std=0.02, **PLAIN)
     nets, carried = networks(process, method), {}
     student, judged, step = record(nets.student), record_discriminator(nets), step_with(count, method)
-    method.student_loss(nets, batch(step, carried=carried))
+    method.student_loss(method.max_inference_steps, nets, batch(step, carried=carried))
     x0, made = carried["x0"].clone(), len(student)
-    method.critic_loss(nets, batch(step, 1, carried=carried))
+    method.critic_loss(method.max_inference_steps, nets, batch(step, 1, carried=carried))
     judged.clear()
     loss, logs = method.discriminator_loss(nets, batch(step, 2, carried=carried))
     assert not carried and len(student) - made == (2 if count == 3 else 0)
@@ -237,6 +240,7 @@ def test_without_a_turn_of_the_student_the_critics_draw_their_own() -> None:
     [
         ({"max_inference_steps": 1}, "max_inference_steps: got 1; at least 2"),
         ({"min_level": 0.9, "max_level": 0.5}, "min_level, max_level: got (0.9, 0.5); "),
+        ({"warmup_steps": -1}, "warmup_steps: got -1; 0 or more"),
         ({"max_gan_level": 0.0}, "max_gan_level: got 0.0; "),
         ({"student_update_interval": 0}, "student_update_interval: got 0; at least 1"),
         ({"gan_weight": -1.0}, "gan_weight: got -1.0; 0 or more"),
@@ -262,11 +266,16 @@ def trained(teacher: str, gan_weight: float) -> dict[int, tuple[float, float]]:
     method: Any = ASD(
         2, gan_weight=gan_weight, gan_weighting="relative", **PLAIN | {"discriminator": "fake_score", "student_update_interval": 1}
     )
-    nets = distil(method, teacher)
+    nets = distil(method, teacher, steps=120)
     return {len(s.timesteps): distances(method, teacher, nets, sampler=s) for s in method.samplers(nets.teacher.schedule)}
 
 
 @pytest.mark.parametrize("teacher", ["v_prediction", "flow_prediction"])
 def test_one_student_beats_the_teacher_at_every_number_of_steps(teacher: str) -> None:
     for student, euler in trained(teacher, 0.3).values():
-        assert student < euler / 4
+        assert student < euler / 2
+
+
+def test_the_adversarial_term_lifts_one_step_samples_towards_those_of_two() -> None:
+    """Under one fake score for both numbers of steps, one step lags behind; the term closes in."""
+    assert trained("flow_prediction", 0.3)[1][0] < 0.8 * trained("flow_prediction", 0.0)[1][0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -41,6 +42,9 @@ class ASD(Method):
     """Classifier-free guidance of the teacher; 1 is off. The student and the fake score are never guided."""
     student_update_interval: int = 5
     """The student trains at every k-th step, the fake score and the discriminator at all of them."""
+    warmup_steps: int = 0
+    """Training steps at first with n = 1 and no adversarial term. Samples of all n share one fake score: what those of one step still
+    lack, those of more steps supply in its place if all start together. 0: all start together (the paper)."""
     min_level: float = 0.02
     """Cleanest noise level of the distribution-matching loss, as a fraction of the schedule."""
     max_level: float = 0.98
@@ -76,7 +80,7 @@ class ASD(Method):
             raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
         if self.student_update_interval < 1:
             raise reject("student_update_interval", self.student_update_interval, "at least 1")
-        for name in ("guidance_scale", "gan_weight", "penalty_weight"):
+        for name in ("warmup_steps", "guidance_scale", "gan_weight", "penalty_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise reject(name, getattr(self, name), "0 or more")
         for name in ("timestep_shift", "penalty_std", "normalizer_floor"):
@@ -102,19 +106,20 @@ class ASD(Method):
         return None if role == "student" else self.fake_score_learning_rate
 
     def updates(self, step: int) -> Iterator[Update]:
+        largest = 1 if step < self.warmup_steps else self.max_inference_steps
         if step % self.student_update_interval == 0:
-            yield ("student",), self.student_loss
-        yield ("fake_score",), self.critic_loss
-        if self.gan_weight:
+            yield ("student",), partial(self.student_loss, largest)
+        yield ("fake_score",), partial(self.critic_loss, largest)
+        if self.gan_weight and largest > 1:
             yield ("discriminator",), self.discriminator_loss
 
-    def student_loss(self, nets: Networks, batch: Batch) -> Loss:
-        steps, x0 = self.draw(nets, batch)
+    def student_loss(self, largest: int, nets: Networks, batch: Batch) -> Loss:
+        steps, x0 = self.draw(largest, nets, batch)
         level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
         t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
         pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
         direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
-        if self.gan_weight and steps < self.max_inference_steps:
+        if self.gan_weight and steps < largest:
             with torch.no_grad():
                 batch.carried["more"] = more = self.generate(nets, batch, steps + 1)
             noised = self.diffuse(nets, batch)
@@ -127,11 +132,11 @@ class ASD(Method):
             direction = add_direction(direction, gan, self.gan_weight, self.gan_weighting == "relative")
         return surrogate(x0, direction), logs
 
-    def critic_loss(self, nets: Networks, batch: Batch) -> Loss:
+    def critic_loss(self, largest: int, nets: Networks, batch: Batch) -> Loss:
         """The fake score learns the samples of all n; without a turn of the student in this step it draws its own."""
         if "x0" not in batch.carried:
             with torch.no_grad():
-                self.draw(nets, batch)
+                self.draw(largest, nets, batch)
         x0 = batch.carried["x0"]
         t = nets.fake_score.schedule.timestep(batch.random.uniform())
         loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond)
@@ -155,9 +160,9 @@ class ASD(Method):
             loss = loss + self.penalty_weight / self.penalty_std**2 * slopes
         return loss, logs
 
-    def draw(self, nets: Networks, batch: Batch) -> tuple[int, Tensor]:
-        """The n of this step, the same on every rank, and n-step samples x0 (B, ...); the next turns find both."""
-        steps = 1 + batch.random.shared_integer(self.max_inference_steps)
+    def draw(self, largest: int, nets: Networks, batch: Batch) -> tuple[int, Tensor]:
+        """The n of this step up to `largest`, the same on every rank, and n-step samples x0 (B, ...); the next turns find both."""
+        steps = 1 + batch.random.shared_integer(largest)
         x0 = self.generate(nets, batch, steps)
         batch.carried |= {"steps": torch.tensor(steps), "x0": x0.detach()}
         return steps, x0
