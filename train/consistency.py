@@ -5,8 +5,7 @@ An EDM-sized run of easy consistency tuning (the paper's; not reproduced here) i
         --learning_rate 1e-4 --max_train_steps 400000 --train_batch_size 128 --output_dir outputs/ect
 Distillation with the guided teacher instead of the data's own neighbours:
     accelerate launch train/consistency.py ... --neighbour distillation --discretization grid --guidance_scale 3
-Digits, one student for one, two and four steps: Frechet distance .862, .442 and .394 (the flow teacher's best is .511; one training
-seed, 5,000 samples with each of two noise seeds), 193 CPU seconds on one core with that evaluation:
+Digits, one student for one, two and four steps, one CPU core (figures: docs/results.md):
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/consistency.py --config train/recipes/digits_consistency.yaml \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/consistency

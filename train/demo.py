@@ -30,7 +30,7 @@ class Demo:
     output_dir: str = "outputs/demo"
     """Folder of the demo; report.md is its result."""
     max_train_steps: int = 1000
-    """Optimizer steps of each student; the recipe itself takes 1,600."""
+    """Optimizer steps of each student; the recipe itself takes 1,200."""
     teacher_steps: int = 1600
     """Optimizer steps of the teacher."""
     samples: int = 5000

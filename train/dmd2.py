@@ -4,8 +4,7 @@ SDXL, four steps (the paper's run on 64 GPUs; not reproduced here):
     accelerate launch --mixed_precision bf16 train/dmd2.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --train_data_dir images/ \
         --learning_rate 5e-7 --max_train_steps 19000 --train_batch_size 2 --output_dir outputs/sdxl-dmd2
-Digits, one step, image-free: one CPU core, 205-224 CPU seconds, Frechet distance .474 (three seeds; the teacher's best is .511;
-docs/results.md). Two steps .425 in 223-245 s, four steps .287 in 263-300 s, with the GAN recipe .491 at one step in about 300 s:
+Digits, one step, image-free, one CPU core (figures: docs/results.md); with real images: digits_dmd2_gan.yaml:
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/dmd2.py --config train/recipes/digits_dmd2.yaml --num_inference_steps 1 \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/dmd2-1step

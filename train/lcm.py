@@ -5,8 +5,7 @@ A student that takes the guidance scale as an input (the paper's; the network mu
 LCM-LoRA: one guidance scale for good, and the student itself as the target:
     accelerate launch train/lcm.py --pretrained_model_name_or_path TEACHER --train_data_dir images/ \
         --lora_rank 64 --guidance fixed --target_decay 0 --output_dir outputs/lcm-lora
-Digits, one student for one, two and four steps: Frechet distance 1.019, .722 and .680 (the flow teacher's best is .511; one training
-seed, 5,000 samples with each of two noise seeds), 132 CPU seconds on one core with that evaluation:
+Digits, one student for one, two and four steps, one CPU core (figures: docs/results.md):
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/lcm.py --config train/recipes/digits_lcm.yaml \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/lcm-digits

@@ -1,8 +1,6 @@
 """Distil a pipeline with phased consistency distillation.
 
-Digits, four phases without the discriminator: Frechet distance .553 at four steps (the flow teacher's best is .511; one training seed,
-5,000 samples with each of two noise seeds), 94 CPU seconds on one core with that evaluation; two phases .714 at two steps in 83 s, one
-phase 1.761 at one step in 78 s:
+Digits, four phases without the discriminator, one CPU core (figures: docs/results.md):
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/pcm.py --config train/recipes/digits_pcm.yaml --phases 4 \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/pcm-4

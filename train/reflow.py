@@ -1,7 +1,6 @@
 """Straighten a pipeline's trajectories: reflow on the teacher's own pairs.
 
-Digits, one CPU core: pairs 55 CPU seconds, reflow 87. Frechet distance .894 at one step, .677 at two, .573 at four, .530 at eight
-(one seed; the teacher's best is .511); train/reflow_distillation.py goes on from there.
+Digits, one CPU core (figures: docs/results.md); train/reflow_distillation.py goes on from there:
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     python train/make_pairs.py --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --dataset digits \
         --num_pairs 10000 --num_inference_steps 16 --batch_size 250 --output_dir outputs/pairs-flow

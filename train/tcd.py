@@ -1,7 +1,6 @@
 """Distil a pipeline with trajectory consistency distillation.
 
-Digits, one student for one, two and four steps: Frechet distance 2.816, .481 and .718 (the flow teacher's best is .511; one training
-seed, 5,000 samples with each of two noise seeds), 127 CPU seconds on one core with that evaluation:
+Digits, one student for one, two and four steps, one CPU core (figures: docs/results.md):
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/tcd.py --config train/recipes/digits_tcd.yaml \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/tcd

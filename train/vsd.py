@@ -4,8 +4,7 @@ Stable Diffusion 2.1 (the paper's run on 4 A100; not reproduced here):
     accelerate launch --mixed_precision bf16 train/vsd.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base --prompts_file prompts.txt --guidance_scale 4.5 \
         --learning_rate 1e-6 --max_train_steps 65000 --train_batch_size 16 --output_dir outputs/sd-vsd
-Digits, one CPU core, 400-411 CPU seconds on a busy machine with evaluation, one seed, 5,000 samples x 2 noise seeds: Frechet
-distance .54 from the v-prediction teacher (.519); with the cosine schedule .75, and .58 from the flow teacher (.511):
+Digits, one CPU core (figures: docs/results.md):
     python train/digits_teacher.py --output_dir outputs/teacher-flow
     accelerate launch --cpu train/vsd.py --config train/recipes/digits_vsd.yaml \
         --pretrained_model_name_or_path outputs/teacher-flow --trust_remote_code --output_dir outputs/vsd
