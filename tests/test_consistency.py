@@ -477,7 +477,7 @@ def test_one_exported_student_serves_all_its_step_counts(process: str, tmp_path:
     [
         ({"num_inference_steps": ()}, "num_inference_steps"),
         ({"num_inference_steps": (0,)}, "num_inference_steps"),
-        ({"num_inference_steps": (2, 2)}, "each number once"),
+        ({"num_inference_steps": (2, 2)}, "each at least 1 and each once"),
         ({"neighbour": "teacher"}, "neighbour: got 'teacher'; accepted: 'distillation', 'training'"),
         ({"sigma_min": 0.0}, "sigma_min"),
         ({"midpoint": 90.0}, "midpoint"),

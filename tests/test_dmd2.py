@@ -30,6 +30,7 @@ from torch import Tensor
 
 from diffusion_distill.errors import InputError
 from diffusion_distill.methods import DMD2
+from diffusion_distill.methods.base import draw_step
 from diffusion_distill.networks import Networks
 
 INNER = (799.0, 599.0, 399.0, 199.0)  # where no parameterisation is ill-conditioned
@@ -191,11 +192,11 @@ def test_micro_batches_and_ranks_of_a_step_share_the_rung() -> None:
 
 @pytest.mark.parametrize(("share", "expected"), [(None, (0.25, 0.25, 0.25, 0.25)), (0.7, (0.1, 0.1, 0.1, 0.7)), (1.0, (0, 0, 0, 1))])
 def test_rungs_are_drawn_with_their_shares(share: float | None, expected: tuple[float, ...]) -> None:
-    method, count = DMD2(last_step_share=share), 3000
-    drawn = np.bincount([method.draw_rung(batch(step, slots=range(1)), 4) for step in range(count)], minlength=4)
+    count = 3000
+    drawn = np.bincount([draw_step(batch(step, slots=range(1)).random, 4, share) for step in range(count)], minlength=4)
     spread = np.sqrt(count * np.array(expected) * (1 - np.array(expected)))  # of a binomial count
     assert (np.abs(drawn - count * np.array(expected)) <= 4 * spread).all()
-    assert method.draw_rung(batch(), 1) == 0
+    assert draw_step(batch().random, 1, share) == 0
 
 
 @for_every_process

@@ -18,7 +18,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -72,20 +72,18 @@ class ASD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(
+            self,
+            zero_or_more=("warmup_steps", "guidance_scale", "gan_weight", "penalty_weight"),
+            above_zero=("timestep_shift", "penalty_std", "normalizer_floor"),
+            at_least_one=("student_update_interval",),
+        )
         if self.max_inference_steps < 2:
             raise reject("max_inference_steps", self.max_inference_steps, "at least 2; dmd2 trains a student of one step")
         if not 0 <= self.min_level < self.max_level <= 1:
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
         if not 0 < self.max_gan_level <= 1:
             raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
-        if self.student_update_interval < 1:
-            raise reject("student_update_interval", self.student_update_interval, "at least 1")
-        for name in ("warmup_steps", "guidance_scale", "gan_weight", "penalty_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise reject(name, getattr(self, name), "0 or more")
-        for name in ("timestep_shift", "penalty_std", "normalizer_floor"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise reject(name, getattr(self, name), "a number above 0")
 
     def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
         return self.grid(schedule, self.max_inference_steps)

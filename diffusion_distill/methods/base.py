@@ -1,7 +1,8 @@
 """What a distillation method is: which networks it needs, and which losses train which of them in which order."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -46,6 +47,29 @@ def check_choices(method: object) -> None:
         choices, value = get_args(hints[f.name]), getattr(method, f.name)
         if get_origin(hints[f.name]) is Literal and value not in choices:
             raise reject(f.name, value, "accepted: " + ", ".join(map(repr, choices)))
+
+
+def check_numbers(
+    method: object, *, zero_or_more: Sequence[str] = (), above_zero: Sequence[str] = (), at_least_one: Sequence[str] = ()
+) -> None:
+    """Raise InputError for a named field that is out of its range, infinite or not a number."""
+    for names, fits, accepted in (
+        (zero_or_more, lambda value: 0 <= value < math.inf, "0 or more"),
+        (above_zero, lambda value: 0 < value < math.inf, "a number above 0"),
+        (at_least_one, lambda value: 1 <= value < math.inf, "at least 1"),
+    ):
+        for name in names:
+            if not fits(getattr(method, name)):
+                raise reject(name, getattr(method, name), accepted)
+
+
+def draw_step(random: SampleRandom, steps: int, last_share: float | None) -> int:
+    """Which of `steps` steps trains in this turn, the same on every rank: all equally often, or the last one with its share."""
+    if last_share is None or steps == 1:
+        return random.shared_integer(steps)
+    if random.shared_integer(10**6) < last_share * 10**6:
+        return steps - 1
+    return random.shared_integer(steps - 1)
 
 
 @dataclass

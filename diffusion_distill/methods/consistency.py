@@ -34,9 +34,9 @@ from ..errors import reject
 from ..losses import image_pseudo_huber
 from ..networks import Networks
 from ..prediction import Prediction
-from ..sampler import FewStepSampler, timesteps_at_ratios, uniform_timesteps
+from ..sampler import FewStepSampler, check_steps, timesteps_at_ratios, uniform_timesteps
 from ..schedule import NoiseSchedule, expand_dims
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -96,11 +96,13 @@ class Consistency(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.num_inference_steps = tuple(self.num_inference_steps)
-        if not self.num_inference_steps or min(self.num_inference_steps) < 1:
-            raise reject("num_inference_steps", self.num_inference_steps, "one or more whole numbers, each at least 1")
-        if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
-            raise reject("num_inference_steps", self.num_inference_steps, "each number once")
+        check_numbers(
+            self,
+            zero_or_more=("guidance_scale", "gap_k", "gap_b"),
+            above_zero=("p_std", "huber_scale", "sigma_data"),
+            at_least_one=("stages", "stage_steps", "initial_intervals"),
+        )
+        self.num_inference_steps = check_steps(self.num_inference_steps)
         if not 0 < self.sigma_min < self.midpoint < self.sigma_max < math.inf:
             values = (self.sigma_min, self.midpoint, self.sigma_max)
             raise reject("sigma_min, midpoint, sigma_max", values, "ascending, above 0 and finite")
@@ -110,15 +112,6 @@ class Consistency(Method):
             raise reject("gap_q", self.gap_q, "a number above 1")
         if self.neighbour == "training" and self.guidance_scale != 1:
             raise reject("guidance_scale", self.guidance_scale, "1 without a teacher's step; neighbour distillation is guided")
-        for name in ("stages", "stage_steps", "initial_intervals"):
-            if getattr(self, name) < 1:
-                raise reject(name, getattr(self, name), "at least 1")
-        for name in ("guidance_scale", "gap_k", "gap_b"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "0 or more")
-        for name in ("p_std", "huber_scale", "sigma_data"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:

@@ -1,6 +1,5 @@
 """DMD: one-step diffusion with distribution matching distillation (Yin et al., arXiv:2311.18828)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,7 +14,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -52,6 +51,7 @@ class DMD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self, zero_or_more=("guidance_scale", "regression_weight"), above_zero=("normalizer_floor",))
         self.timesteps = tuple(self.timesteps)
         if len(self.timesteps) > 1:
             accepted = "the student takes one step, for a pair ties its noise to one sample; dmd2 trains several"
@@ -60,11 +60,6 @@ class DMD(Method):
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
         if not 0 <= self.feature_level <= 1:
             raise reject("feature_level", self.feature_level, "a fraction from 0 to 1")
-        for name in ("guidance_scale", "regression_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "0 or more")
-        if not 0 < self.normalizer_floor < math.inf:
-            raise reject("normalizer_floor", self.normalizer_floor, "a number above 0")
 
     @property
     def needs_pairs(self) -> bool:

@@ -1,6 +1,5 @@
 """DMD2: improved distribution matching distillation (Yin et al., arXiv:2405.14867)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers, draw_step
 
 
 @dataclass
@@ -78,6 +77,12 @@ class DMD2(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(
+            self,
+            zero_or_more=("guidance_scale", "gan_weight", "discriminator_weight", "r1_weight"),
+            above_zero=("timestep_shift", "r1_std", "normalizer_floor"),
+            at_least_one=("num_inference_steps", "student_update_interval"),
+        )
         self.timesteps = tuple(self.timesteps)
         if not 0 <= self.min_level < self.max_level <= 1:
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
@@ -85,15 +90,6 @@ class DMD2(Method):
             raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
         if self.last_step_share is not None and not 0 < self.last_step_share <= 1:
             raise reject("last_step_share", self.last_step_share, "a share above 0 and at most 1, or none")
-        for name in ("num_inference_steps", "student_update_interval"):
-            if getattr(self, name) < 1:
-                raise reject(name, getattr(self, name), "at least 1")
-        for name in ("guidance_scale", "gan_weight", "discriminator_weight", "r1_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "0 or more")
-        for name in ("timestep_shift", "r1_std", "normalizer_floor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:
@@ -159,19 +155,11 @@ class DMD2(Method):
         x_t = schedule.add_noise(x0, batch.random.normal_like(x0), t)
         return nets.discriminator(nets, x_t, t, batch.cond), x_t, t
 
-    def draw_rung(self, batch: Batch, rungs: int) -> int:
-        """The step that trains in this turn, the same on every rank: uniform, or the last one with its share."""
-        if self.last_step_share is None or rungs == 1:
-            return batch.random.shared_integer(rungs)
-        if batch.random.shared_integer(10**6) < self.last_step_share * 10**6:
-            return rungs - 1
-        return batch.random.shared_integer(rungs - 1)
-
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """Backward simulation: x0 (B, ...) at a random rung of the student's own trajectory, gradient in the last call only."""
         sampler = self.sampler(nets.student.schedule)
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
-        rung = self.draw_rung(batch, len(sampler.timesteps))
+        rung = draw_step(batch.random, len(sampler.timesteps), self.last_step_share)
         with torch.no_grad():
             x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
         x0: Tensor = nets.student(x_t, t, batch.cond).x0

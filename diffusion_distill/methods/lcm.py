@@ -19,7 +19,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, check_steps
 from ..schedule import NoiseSchedule, expand_dims
 from ..solver_grid import as_table, draw_interval, served_timesteps, solver_step, solver_timesteps
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -59,23 +59,18 @@ class LCM(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(
+            self, zero_or_more=("guidance_scale",), above_zero=("timestep_shift", "huber_c"), at_least_one=("stages", "stage_steps")
+        )
         self.num_inference_steps = check_steps(self.num_inference_steps)
         if self.solver_intervals < max(self.num_inference_steps):
             raise reject("solver_intervals", self.solver_intervals, f"at least the {max(self.num_inference_steps)} num_inference_steps")
-        for name in ("stages", "stage_steps"):
-            if getattr(self, name) < 1:
-                raise reject(name, getattr(self, name), "at least 1")
         if self.solver_intervals % 2 ** (self.stages - 1):
             raise reject(
                 "solver_intervals", self.solver_intervals, f"a multiple of {2 ** (self.stages - 1)}: halved {self.stages - 1} times"
             )
         if not 0 <= self.target_decay < 1:
             raise reject("target_decay", self.target_decay, "0 or more and below 1")
-        for name in ("timestep_shift", "huber_c"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise reject("guidance_scale", self.guidance_scale, "0 or more")
         low, high = self.min_guidance_scale, self.max_guidance_scale
         if self.guidance == "embedded" and not 0 <= low <= self.guidance_scale <= high < math.inf:
             values = (low, self.guidance_scale, high)

@@ -1,6 +1,5 @@
 """PCM: phased consistency models (Wang et al., arXiv:2405.18407)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +17,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler
 from ..schedule import NoiseSchedule, expand_dims
 from ..solver_grid import as_table, draw_interval, jump, segment_start, served_timesteps, solver_step, solver_timesteps
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -53,20 +52,15 @@ class PCM(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.phases < 1:
-            raise reject("phases", self.phases, "at least 1")
+        check_numbers(
+            self, zero_or_more=("guidance_scale", "gan_weight"), above_zero=("timestep_shift", "huber_c"), at_least_one=("phases",)
+        )
         if self.solver_intervals < 1 or self.solver_intervals % self.phases:
             raise reject(
                 "solver_intervals", self.solver_intervals, f"a multiple of the {self.phases} phases, so that edges are on the grid"
             )
         if not 0 <= self.target_decay < 1:
             raise reject("target_decay", self.target_decay, "0 or more and below 1")
-        for name in ("guidance_scale", "gan_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "0 or more")
-        for name in ("timestep_shift", "huber_c"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:

@@ -1,6 +1,5 @@
 """Phased DMD: few-step distribution matching distillation via score matching within subintervals (Fan et al., arXiv:2510.27684)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import agreement, diffuse_from, real_and_fake, subinterval_score_matching
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers, draw_step
 
 
 @dataclass
@@ -72,6 +71,12 @@ class PhasedDMD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(
+            self,
+            zero_or_more=("guidance_scale",),
+            above_zero=("timestep_shift", "level_shift", "expert_alpha", "max_weight", "normalizer_floor"),
+            at_least_one=("phase_steps", "student_update_interval", "expert_rank"),
+        )
         self.timesteps, self.steps_per_phase = tuple(self.timesteps), tuple(self.steps_per_phase)
         if not self.steps_per_phase or min(self.steps_per_phase) < 1:
             raise reject("steps_per_phase", self.steps_per_phase, "at least one phase, each of at least 1 step")
@@ -81,14 +86,6 @@ class PhasedDMD(Method):
             raise reject("level_margin, max_level", (self.level_margin, self.max_level), "0 <= level_margin < max_level <= 1")
         if self.last_step_share is not None and not 0 < self.last_step_share <= 1:
             raise reject("last_step_share", self.last_step_share, "a share above 0 and at most 1, or none")
-        for name in ("phase_steps", "student_update_interval", "expert_rank"):
-            if getattr(self, name) < 1:
-                raise reject(name, getattr(self, name), "at least 1")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise reject("guidance_scale", self.guidance_scale, "0 or more")
-        for name in ("timestep_shift", "level_shift", "expert_alpha", "max_weight", "normalizer_floor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def phases(self) -> int:
@@ -177,21 +174,12 @@ class PhasedDMD(Method):
         """The timestep at which `phase` ends and the next one begins; None is the data."""
         return None if phase == self.phases - 1 else self.sampler(schedule).timesteps[sum(self.steps_per_phase[: phase + 1])]
 
-    def draw_step(self, phase: int, batch: Batch) -> int:
-        """The step of the phase that trains in this turn, the same on every rank: uniform, or the last one with its share."""
-        steps = self.steps_per_phase[phase]
-        if self.last_step_share is None or steps == 1:
-            return batch.random.shared_integer(steps)
-        if batch.random.shared_integer(10**6) < self.last_step_share * 10**6:
-            return steps - 1
-        return batch.random.shared_integer(steps - 1)
-
     def generate(self, phase: int, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, float | None]:
         """Backward simulation to a random step of `phase`: its x0 and x_s (B, ...), gradient in the last call only, and s."""
         schedule = nets.student.schedule
         sampler, s = self.sampler(schedule), self.end(schedule, phase)
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
-        rung = sum(self.steps_per_phase[:phase]) + self.draw_step(phase, batch)
+        rung = sum(self.steps_per_phase[:phase]) + draw_step(batch.random, self.steps_per_phase[phase], self.last_step_share)
         with torch.no_grad():
             x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
         pred = nets.student(x_t, t, batch.cond)

@@ -19,10 +19,10 @@ from ..errors import reject
 from ..losses import image_pseudo_huber
 from ..networks import Networks
 from ..prediction import Prediction
-from ..sampler import FewStepSampler, uniform_timesteps
+from ..sampler import FewStepSampler, check_steps, uniform_timesteps
 from ..schedule import NoiseSchedule, expand_dims
 from ..time_laws import logit_normal, u_shaped
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 Space = Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"]
 Distance = Literal["l2", "pseudo_huber"]
@@ -43,13 +43,8 @@ class _OnPairs(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.num_inference_steps = tuple(self.num_inference_steps)
-        if not self.num_inference_steps or min(self.num_inference_steps) < 1:
-            raise reject("num_inference_steps", self.num_inference_steps, "one or more numbers of steps, each at least 1")
-        if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
-            raise reject("num_inference_steps", self.num_inference_steps, "each number of steps once")
-        if not 0 < self.huber_scale < math.inf:
-            raise reject("huber_scale", self.huber_scale, "a number above 0")
+        check_numbers(self, above_zero=("huber_scale",))
+        self.num_inference_steps = check_steps(self.num_inference_steps)
 
     @property
     def needs_pairs(self) -> bool:
@@ -99,9 +94,7 @@ class Reflow(_OnPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("u_steepness", "logit_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
+        check_numbers(self, above_zero=("u_steepness", "logit_std"))
         if (self.annealing == "none") != (self.annealing_steps == 0) or self.annealing_steps < 0:
             raise reject("annealing_steps", self.annealing_steps, "1 or more where annealing is chosen, 0 where it is none")
         self.config_changes()
@@ -177,8 +170,7 @@ class ReflowDistillation(_OnPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.two_step_weight < math.inf:
-            raise reject("two_step_weight", self.two_step_weight, "0 or more")
+        check_numbers(self, zero_or_more=("two_step_weight",))
 
     def updates(self, step: int) -> Iterator[Update]:
         yield ("student",), self.distillation_loss

@@ -19,7 +19,7 @@ from ..prediction import Prediction
 from ..sampler import FewStepSampler, check_steps, timesteps_at_ratios
 from ..schedule import NoiseSchedule, expand_dims
 from ..trigflow import LogVariance, angle_at_ratio, consistency_tangent, normalized, trigflow_output
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -64,6 +64,7 @@ class SCM(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self, zero_or_more=("guidance_scale", "warmup_steps"), above_zero=("sigma_data", "p_std", "sigma_max", "tangent_c"))
         self.num_inference_steps = check_steps(self.num_inference_steps)
         if not 0 < self.midpoint < math.pi / 2:
             raise reject("midpoint", self.midpoint, "an angle above 0 and below pi/2")
@@ -71,12 +72,6 @@ class SCM(Method):
             raise reject("guidance_scale", self.guidance_scale, "1 without a teacher's velocity; velocity teacher is guided")
         if not 0 < self.difference_step < 1:
             raise reject("difference_step", self.difference_step, "above 0 and below 1")
-        for name in ("guidance_scale", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "0 or more")
-        for name in ("sigma_data", "p_std", "sigma_max", "tangent_c"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:

@@ -1,6 +1,5 @@
 """TCD: trajectory consistency distillation (Zheng et al., arXiv:2402.19159), and TSCD, its segments (Hyper-SD, arXiv:2404.13686)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, check_steps
 from ..schedule import NoiseSchedule, RectifiedFlow, expand_dims
 from ..solver_grid import as_table, draw_interval, jump, segment_start, served_timesteps, solver_step, solver_timesteps
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -51,22 +50,16 @@ class TCD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self, zero_or_more=("guidance_scale",), above_zero=("timestep_shift", "huber_c"), at_least_one=("stage_steps",))
         self.num_inference_steps, self.segments = check_steps(self.num_inference_steps), tuple(self.segments)
         if self.solver_intervals < max(self.num_inference_steps):
             raise reject("solver_intervals", self.solver_intervals, f"at least the {max(self.num_inference_steps)} num_inference_steps")
         if not self.segments or any(not 1 <= count <= self.solver_intervals for count in self.segments):
             raise reject("segments", self.segments, f"one or more numbers from 1 to the {self.solver_intervals} solver_intervals")
-        if self.stage_steps < 1:
-            raise reject("stage_steps", self.stage_steps, "at least 1")
         if not 0 <= self.gamma <= 1:
             raise reject("gamma", self.gamma, "a share from 0 to 1")
         if not 0 <= self.target_decay < 1:
             raise reject("target_decay", self.target_decay, "0 or more and below 1")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise reject("guidance_scale", self.guidance_scale, "0 or more")
-        for name in ("timestep_shift", "huber_c"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def needs_images(self) -> bool:

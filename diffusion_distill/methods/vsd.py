@@ -14,7 +14,7 @@ from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
 from ..score_distillation import agreement, denoising_score_matching, guided_pair, reliability
-from .base import Batch, Loss, Method, Update, check_choices
+from .base import Batch, Loss, Method, Update, check_choices, check_numbers
 
 
 @dataclass
@@ -57,6 +57,12 @@ class VSD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(
+            self,
+            zero_or_more=("guidance_scale",),
+            above_zero=("fake_score_alpha", "fake_score_learning_rate"),
+            at_least_one=("fake_score_rank",),
+        )
         self.timesteps, self.guidance_range = tuple(self.timesteps), tuple(self.guidance_range)
         self.fake_score_targets = tuple(self.fake_score_targets)
         if len(self.timesteps) > 1:
@@ -65,15 +71,8 @@ class VSD(Method):
             raise reject("guidance_range", self.guidance_range, "the lowest and the highest scale, or nothing")
         if not 0 <= self.min_level < self.max_level <= 1:
             raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
-        if self.fake_score_rank < 1:
-            raise reject("fake_score_rank", self.fake_score_rank, "at least 1")
         if not 0 <= self.unconditional_share <= 1:
             raise reject("unconditional_share", self.unconditional_share, "a share from 0 to 1")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise reject("guidance_scale", self.guidance_scale, "0 or more")
-        for name in ("fake_score_alpha", "fake_score_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise reject(name, getattr(self, name), "a number above 0")
 
     @property
     def copies(self) -> tuple[str, ...]:  # type: ignore[override]
