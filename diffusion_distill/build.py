@@ -18,7 +18,7 @@ from torch import nn
 from .adapters import Adapter, add_adapter, checkpointed, remove_adapters
 from .config import TeacherConfig
 from .denoiser import Denoiser
-from .errors import InputError
+from .errors import InputError, reject
 from .families import family_of
 from .methods import Method
 from .networks import Networks, trainable_copy
@@ -102,6 +102,11 @@ def _trained(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Modul
     if config.gradient_checkpointing:
         copied.model.enable_gradient_checkpointing()
     if config.lora_rank:
+        own = {name: p.shape for name, p in copied.model.named_parameters()}
+        if any(own.get(name) != p.shape for name, p in teacher.model.named_parameters()):
+            raise reject(
+                "lora_rank", config.lora_rank, "0 for a student that is another network than the teacher's: its weights are random"
+            )
         copied.requires_grad_(False)
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha or config.lora_rank, target_modules=list(teacher.family.lora_targets)

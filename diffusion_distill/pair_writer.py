@@ -22,6 +22,7 @@ from .denoiser import Denoiser, guided
 from .errors import InputError, reject
 from .families import Cond
 from .pairs import INDEX, digest, noise_of, read_index, shard_name
+from .parallel import check_started
 from .prediction import Prediction
 from .provenance import provenance
 from .random import derive_seed
@@ -102,10 +103,9 @@ def write_pairs(
 
 
 def _processes() -> PartialState:
-    """The processes that `accelerate launch` or `torchrun` started. accelerate would run each alone on a machine without a GPU."""
-    state, started = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != started:
-        raise reject("number of processes", started, f"accelerate sees {state.num_processes}; on CPUs, set ACCELERATE_USE_CPU=true")
+    """The processes that `accelerate launch` or `torchrun` started."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_started(state.num_processes)
     return state
 
 

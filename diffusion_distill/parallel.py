@@ -4,13 +4,27 @@ Wrappers are built around one module with one forward and one backward pass. Dis
 times a turn, taps their features and stops half-way; averaging the finished gradients once a turn is exact for all of that.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import reject
+
 BUCKET_ELEMENTS = 32 * 2**20
+
+
+def check_started(processes: int) -> None:
+    """Compare what accelerate sees with what `accelerate launch` or `torchrun` started; without a GPU it may run each process alone.
+
+    Raises:
+        InputError: where they differ.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != started:
+        raise reject("number of processes", started, f"accelerate sees {processes}; on CPUs, set ACCELERATE_USE_CPU=true")
 
 
 def world_size() -> int:

@@ -411,6 +411,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(log_with=wanted or None, project_dir=config.output_dir)
     except ValueError as error:
         raise reject("report_to", config.report_to, str(error)) from error
+    parallel.check_started(accelerator.num_processes)
     missing = set(wanted) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with} - {"all"}
     if missing:
         raise reject("report_to", config.report_to, f"install the package of {', '.join(sorted(missing))} first")

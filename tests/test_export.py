@@ -14,7 +14,7 @@ from typing import Any, Literal
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
@@ -321,3 +321,20 @@ def test_push_to_hub_needs_an_export_and_a_token(tmp_path: Path, monkeypatch: py
     folder = Exported(tmp_path / "student", class_conditional, [1000.0], "sde").folder
     with pytest.raises(InputError, match="no Hugging Face token"):
         push_to_hub(folder, "owner/student")
+
+
+def test_a_pipeline_file_without_grids_cannot_serve_several_numbers_of_steps() -> None:
+    """As teachers that were saved before have it; known before the training."""
+
+    class Older(DiffusionPipeline):
+        def __init__(self, unet: Any, scheduler: Any, num_inference_steps: int = 50):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+    new = class_conditional()
+    older, student = Older(new.unet, new.scheduler), denoiser_of(new)
+    several = [FewStepSampler(uniform_timesteps(student.schedule, steps), "sde") for steps in (2, 1)]
+    export.check_exportable(older, student, several[:1], student.family)
+    export.check_exportable(new, student, several, student.family)
+    with pytest.raises(InputError, match=re.escape("num_inference_steps: got [2, 1]; one number of steps, for the teacher's own")):
+        export.check_exportable(older, student, several, student.family)

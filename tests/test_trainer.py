@@ -260,3 +260,16 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
 if __name__ == "__main__":  # one run in a process of its own, for the tests that kill it or spread it over ranks
     torch.set_num_threads(1)
     trainer(Path(sys.argv[1]), **json.loads(sys.argv[2])).train()
+
+
+def test_processes_that_accelerate_would_run_one_by_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="number of processes: got 2; accelerate sees 1; on CPUs, set ACCELERATE_USE_CPU=true"):
+        trainer(tmp_path)
+
+
+def test_an_adapter_on_a_smaller_random_student_is_refused(tmp_path: Path) -> None:
+    smaller = Reflow(student_config='{"block_out_channels": [4, 8]}')
+    with pytest.raises(InputError, match="lora_rank: got 2; 0 for a student that is another network than the teacher's"):
+        trainer(tmp_path, smaller, lora_rank=2)
+    trainer(tmp_path, smaller)
