@@ -1,0 +1,26 @@
+"""Real diffusers pipelines of at most 300k parameters with random weights, built offline and the same at every call."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "stable_diffusion": stable_diffusion,
+    "stable_diffusion_v": partial(stable_diffusion, "v_prediction"),
+    "stable_diffusion_xl": stable_diffusion_xl,
+    "stable_diffusion_3": stable_diffusion_3,
+    "class_conditional_flow": class_conditional,
+    "class_conditional_v": partial(class_conditional, "v_prediction"),
+    "class_conditional_epsilon": partial(class_conditional, "epsilon"),
+}
+
+
+def example_conditions(pipe: Any, count: int = 2) -> list[Any]:
+    """`count` different prompts, or class labels where the pipeline takes those."""
+    labelled = type(pipe).__name__ == "ClassConditionalPipeline"
+    return [i if labelled else f"a photo of {i}" for i in range(count)]
