@@ -212,7 +212,7 @@ class EDM(NoiseSchedule):
 
 @dataclass(frozen=True)
 class TrigFlow(NoiseSchedule):
-    """TrigFlow (arXiv:2410.11081, eq. 1): x_t = cos(t) x0 + sin(t) sigma_data eps; the network sees x_t / sigma_data."""
+    """TrigFlow (arXiv:2410.11081, sec. 3): x_t = cos(t) x0 + sin(t) sigma_data eps; the network sees x_t / sigma_data."""
 
     sigma_data: float
 

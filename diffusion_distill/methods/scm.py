@@ -27,7 +27,7 @@ class SCM(Method):
     """The student's x0 stays the same along the teacher's trajectory: its derivative there, the tangent, is driven to zero.
 
     Angles a in [0, pi/2] are TrigFlow's, tan(a) = sigma / (alpha sigma_data); the network stays the teacher's own kind. Defaults are
-    the paper's on CIFAR-10 and ImageNet 64.
+    the paper's on CIFAR-10 (app. G.2), but for `weighting`.
     """
 
     num_inference_steps: tuple[int, ...] = (1, 2)
@@ -43,7 +43,7 @@ class SCM(Method):
     p_mean: float = -1.0
     """Mean of ln(sigma / alpha), the noise-to-signal ratio."""
     p_std: float = 1.4
-    """Standard deviation of ln(sigma / alpha); 1.8 for sCT."""
+    """Standard deviation of ln(sigma / alpha); 1.6 on ImageNet."""
     sigma_max: float = 80.0
     """Noise-to-signal ratio where sampling starts; not above the teacher's own."""
     derivative: Literal["forward", "central", "backward"] = "forward"
@@ -58,7 +58,8 @@ class SCM(Method):
     tangent_c: float = 0.1
     """c in g / (|g| + c)."""
     weighting: Literal["inverse_ratio", "uniform"] = "inverse_ratio"
-    """Weight of a sample beside the learned one: alpha / sigma, or 1."""
+    """Weight of a sample beside the learned one: alpha / sigma (released code of FastGen and SANA-Sprint), or 1 (the paper, whose prior
+    weight 1 / (sigma_data tan(a)) is what makes sin(a) df/da the cos(a) df/da of the tangent; app. D)."""
     adaptive_weighting: bool = True
     """Learn the size of the loss at each angle and divide by it."""
 
@@ -84,7 +85,7 @@ class SCM(Method):
         return self.samplers(schedule)[0]
 
     def samplers(self, schedule: NoiseSchedule) -> tuple[FewStepSampler, ...]:
-        """Predict x0, diffuse it to the next angle (sec. 2.2)."""
+        """Predict x0, diffuse it to the next angle (sec. 5.2; arXiv:2303.01469, algorithm 1)."""
         highest = ratio_range(schedule, 0.0, self.sigma_max)[1]
         first = math.atan(highest / self.sigma_data)
         found = []
@@ -115,7 +116,7 @@ class SCM(Method):
         return self.weighted(nets, error, angle), logs
 
     def weighted(self, nets: Networks, error: Tensor, angle: Tensor) -> Tensor:
-        """The mean of the samples' errors (B,) under both weights (algorithm 1; EDM2, arXiv:2312.02696, eq. 17)."""
+        """The mean of the samples' errors (B,) under both weights (eq. 8)."""
         if self.weighting == "inverse_ratio":
             error = error / (self.sigma_data * angle.tan())
         if not self.adaptive_weighting:
