@@ -45,8 +45,8 @@ class Denoiser(nn.Module):
         """Outputs of the family's tapped modules; the rest of the network is not run."""
         taps, found = self.family.taps(self.model), []
 
-        def tap(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+        def tap(module: nn.Module, args: object, output: object) -> None:
+            found.append(self.family.feature(output, x_t))
             if len(found) == len(taps):
                 raise _AllTapped
 

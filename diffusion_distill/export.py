@@ -266,7 +266,7 @@ def _largest(x: np.ndarray) -> float:
 def _own_samples(
     folder: Path, student: Student, sampler: FewStepSampler, family: Family, pipe: Any, conditions: Sequence[Any], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """x0 and images in [0, 1], both (B, ...), drawn by the toolkit's sampler."""
+    """x0 in the scheduler's layout and images in [0, 1], both (B, ...), drawn by the toolkit's sampler."""
     record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     dtype, resolution = getattr(torch, record["dtype"]), record["resolution"]
     models = [
@@ -277,11 +277,12 @@ def _own_samples(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         noise = torch.randn(len(conditions), *family.sample_shape(pipe, resolution), device=pipe.device)
-        x0 = sampler.sample(plain, noise, family.encode_conditions(pipe, conditions, resolution), torch.randn_like)
+        cond = family.encode_conditions(pipe, conditions, resolution)
+        x0 = sampler.sample(plain, noise, cond, lambda x: family.unpack(torch.randn_like(family.pack(x)), x))
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
     images = family.decode(pipe, x0).div(2).add(0.5).clamp(0, 1)
-    return x0.float().cpu().numpy(), images.float().cpu().numpy()
+    return family.pack(x0).float().cpu().numpy(), images.float().cpu().numpy()
 
 
 def _fresh_process(request: dict[str, Any]) -> "_Results":

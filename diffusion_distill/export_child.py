@@ -24,24 +24,30 @@ class _Blocked(importlib.abc.MetaPathFinder):
 
 
 def record_network(network: Any, expert: int, calls: list[dict[str, Any]]) -> None:
-    """Append {"expert", "timestep", "batch"} to `calls` whenever `network` runs."""
+    """Append {"expert", "timestep": None, "batch"} to `calls` whenever `network` runs."""
     signature = inspect.signature(network.forward)
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind(*args, **kwargs).arguments
-        timestep = given["timestep"]
-        t = float(timestep if isinstance(timestep, int | float) else timestep.double().flatten()[0])
-        calls.append({"expert": expert, "timestep": t, "batch": len(next(iter(given.values())))})
+        calls.append({"expert": expert, "timestep": None, "batch": len(next(iter(given.values())))})
 
     network.register_forward_pre_hook(note, with_kwargs=True)
 
 
-def record_last_step(scheduler: Any, last: dict[str, Any]) -> None:
-    """Keep the last output of `scheduler.step`, the final x0, in `last`."""
+def record_steps(scheduler: Any, calls: list[dict[str, Any]], last: dict[str, Any]) -> None:
+    """Give the calls made for a step of `scheduler` its timestep, and keep the last step's output, the final x0, in `last`.
+
+    What a network is handed instead may be 1 - t / 1000; whether it is the right number shows in the images.
+    """
     step = scheduler.step
+    signature = inspect.signature(step)
 
     @functools.wraps(step)  # pipelines look at the signature
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        timestep = signature.bind(*args, **kwargs).arguments["timestep"]
+        for call in calls:
+            if call["timestep"] is None:
+                call["timestep"] = float(timestep)
         result = step(*args, **kwargs)
         last["x0"] = result[0]
         return result
@@ -63,7 +69,7 @@ def main(request: dict[str, Any]) -> None:
     last: dict[str, Any] = {}
     for expert, component in enumerate(request["components"]):
         record_network(getattr(pipe, component), expert, calls)
-    record_last_step(pipe.scheduler, last)
+    record_steps(pipe.scheduler, calls, last)
     output, all_calls = Path(request["output"]), []
     for i, sampler in enumerate(json.loads(Path(folder, "distillation.json").read_text())["samplers"]):
         calls.clear()

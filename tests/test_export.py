@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, FlowM
 from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from tiny_pipelines import PIPELINES, class_conditional, example_conditions, stable_diffusion_3
+from tiny_pipelines import PIPELINES, class_conditional, example_conditions, resolution_of, stable_diffusion_3
 
 from diffusion_distill import export, export_child
 from diffusion_distill.denoiser import Denoiser
@@ -60,7 +60,8 @@ class Exported:
         self.sampler = FewStepSampler(uniform_timesteps(schedule, grid) if isinstance(grid, int) else tuple(grid), kind)
         self.samplers = [self.sampler, *options.pop("others", ())]
         self.student = options.pop("student", None) or student_of(self.pipe)
-        arguments = {"family": self.family, "info": INFO, "conditions": self.conditions} | options
+        same = {"family": self.family, "info": INFO, "conditions": self.conditions, "resolution": resolution_of(self.pipe)}
+        arguments = same | options
         export_student(self.pipe, self.student, self.samplers, folder, **arguments)
 
     def verify(self, **options: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every family against the pipeline it adapts: what the pipeline feeds its network, gets back and makes of it is the oracle."""
 
 import copy
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,15 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_pipelines import PIPELINES, class_conditional, example_conditions, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_pipelines import (
+    PIPELINES,
+    class_conditional,
+    example_conditions,
+    resolution_of,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 from torch import Tensor
 
 from diffusion_distill.denoiser import Denoiser
@@ -18,44 +27,101 @@ from diffusion_distill.families import family_of
 from diffusion_distill.schedule import NoiseSchedule, prediction_type_of
 
 TEXT = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3")
-OURS_TO_NETWORK = {  # our condition -> names under which networks receive it
-    "prompt_embeds": ("encoder_hidden_states",),
-    "pooled": ("pooled_projections", "text_embeds"),
-    "time_ids": ("time_ids",),
-    "class_labels": ("class_labels",),
-}
-NEVER_REACHED = {"unet": lambda model: model.up_blocks[0], "transformer": lambda model: model.transformer_blocks[-1]}
+GUIDED = {"guidance_scale": 2.0}
+UNGUIDED = {"guidance_scale": 1.0}
+BEHIND_THE_TAPS = {"unet": lambda model: model.up_blocks[0], "transformer": lambda model: model.transformer_blocks[-1]}
 
 
 @dataclass
 class NetworkCall:
-    """What the pipeline handed to its network in one step, and the output."""
+    """What the pipeline handed to its network in one step, and what it made of the output before it stepped."""
 
-    x_t: Tensor
-    t: Tensor
-    conditions: dict[str, Tensor]
-    output: Tensor
+    given: dict[str, Any]  # arguments by name, without those that are off
+    x_t: Tensor  # as the family has it
+    t: Tensor  # (B,) of the scheduler's step that followed
+    output: Tensor  # what that step took, as the family has it
 
 
-def record(pipe: Any, **call: Any) -> tuple[list[NetworkCall], Tensor]:
+def arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Inputs by name, None and empty options left out, a scalar timestep for the whole batch."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    given |= given.pop("added_cond_kwargs", None) or {}
+    kept = {name: value for name, value in given.items() if not (value is None or value == {}) and name != "return_dict"}
+    if "timestep" in kept:
+        kept["timestep"] = kept["timestep"].expand(len(next(iter(kept.values()))))
+    return kept
+
+
+def as_x0(pipe: Any, value: Tensor | list[Tensor], resolution: int | None = None) -> Tensor:
+    """A pipeline's latents, or its network's input, in the layout of an x0; the pipeline's own functions unpack."""
+    if isinstance(value, list):
+        value = torch.stack(value)
+    if value.ndim == 3:
+        side = resolution or resolution_of(pipe)
+        value = pipe._unpack_latents(value, side, side, pipe.vae_scale_factor)
+    image = value.ndim == 5 and value.shape[2] == 1
+    return value.squeeze(2) if image else value
+
+
+def record(pipe: Any, conditions: list[Any] | None = None, **call: Any) -> tuple[list[NetworkCall], Tensor]:
     """Run the pipeline on two conditions; its network calls and its images (B, C, H, W) in [0, 1]."""
-    family, calls = family_of(pipe), []
-    network = getattr(pipe, family.component)
+    family, calls, waiting = family_of(pipe), [], []
+    step, size = pipe.scheduler.step, resolution_of(pipe)
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        x_t = given["sample"] if "sample" in given else given["hidden_states"]
-        given |= given.get("added_cond_kwargs") or {}
-        conditions = {ours: given[name] for ours, names in OURS_TO_NETWORK.items() for name in names if name in given}
-        calls.append(NetworkCall(x_t, given["timestep"].expand(len(x_t)), conditions, output[0]))
+        waiting.append(arguments(module, args, kwargs))
 
-    handle = network.register_forward_hook(hook, with_kwargs=True)
+    @functools.wraps(step)
+    def recorded_step(model_output: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for given in waiting:
+            x_t = as_x0(pipe, next(iter(given.values())))
+            calls.append(NetworkCall(given, x_t, timestep.expand(len(x_t)), as_x0(pipe, model_output)))
+        waiting.clear()
+        return step(model_output, timestep, *args, **kwargs)
+
+    pipe.scheduler.step = recorded_step
+    handle = getattr(pipe, family.component).register_forward_hook(hook, with_kwargs=True)
+    call = ({} if size is None else {"height": size, "width": size}) | call
+    condition = family.condition_argument(conditions or example_conditions(pipe))
     try:
-        arguments = family.condition_argument(example_conditions(pipe))
-        images = pipe(**arguments, **call, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        images = pipe(**condition, **call, generator=torch.Generator().manual_seed(0), output_type="pt").images
     finally:
         handle.remove()
+        del pipe.scheduler.step
     return calls, images
+
+
+def inputs_of(pipe: Any, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """What the family's own call hands to the network, and its output."""
+    family, found = family_of(pipe), []
+    network = getattr(pipe, family.component)
+    hook = network.register_forward_pre_hook(lambda module, args, kwargs: found.append(arguments(module, args, kwargs)), with_kwargs=True)
+    try:
+        output = family.call(network, x_t, t, cond)
+    finally:
+        hook.remove()
+    return found[0], output
+
+
+def assert_same(given: Any, expected: Any, where: str = "") -> None:
+    """Equal to the last bit, through dictionaries, lists and tuples."""
+    if isinstance(expected, Tensor):
+        assert given.shape == expected.shape and torch.equal(given.to(expected.dtype), expected), where
+    elif isinstance(expected, dict):
+        assert given.keys() == expected.keys(), where
+        for name in expected:
+            assert_same(given[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, list | tuple):
+        assert len(given) == len(expected), where
+        for i, (a, b) in enumerate(zip(given, expected)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert given == expected, where
+
+
+def unconditional_part(calls: list[NetworkCall]) -> dict[str, Any]:
+    """Inputs of the unconditional half of a guided step on two samples: the first half of the batch."""
+    return {name: value[:2] if isinstance(value, Tensor) else value for name, value in calls[0].given.items()}
 
 
 def denoiser_of(pipe: Any) -> Denoiser:
@@ -66,8 +132,12 @@ def denoiser_of(pipe: Any) -> Denoiser:
 
 def random_input(pipe: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     family, generator = family_of(pipe), torch.Generator().manual_seed(1)
-    x_t = torch.randn(2, *family.sample_shape(pipe), generator=generator)
-    return x_t, torch.tensor([501, 120]), family.encode_conditions(pipe, example_conditions(pipe))
+    x_t = torch.randn(2, *family.sample_shape(pipe, resolution_of(pipe)), generator=generator)
+    return x_t, torch.tensor([501, 120]), conditions_of(pipe)
+
+
+def conditions_of(pipe: Any, conditions: list[Any] | None = None) -> dict[str, Tensor]:
+    return family_of(pipe).encode_conditions(pipe, conditions or example_conditions(pipe), resolution_of(pipe))
 
 
 @pytest.fixture(scope="module", params=list(PIPELINES))
@@ -78,27 +148,25 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 @torch.no_grad()
 def test_denoiser_repeats_the_pipelines_network_calls(pipe: Any) -> None:
     denoiser, family = denoiser_of(pipe), family_of(pipe)
-    cond = family.encode_conditions(pipe, example_conditions(pipe))
-    calls, _ = record(pipe, num_inference_steps=2, guidance_scale=1.0)
+    cond = conditions_of(pipe)
+    calls, _ = record(pipe, num_inference_steps=2, **UNGUIDED)
     assert len(calls) == 2
     for call in calls:
-        assert call.x_t.shape == (2, *family.sample_shape(pipe))
-        assert call.conditions.keys() == cond.keys()
-        for name in cond:
-            assert torch.equal(cond[name], call.conditions[name]), name
-        assert torch.equal(family.call(denoiser.model, call.x_t, call.t, cond), call.output)
+        assert call.x_t.shape == (2, *family.sample_shape(pipe, resolution_of(pipe)))
+        given, output = inputs_of(pipe, call.x_t, call.t, cond)
+        assert_same(given, call.given)
+        assert torch.equal(output, call.output)
         view = denoiser(call.x_t, call.t, cond).view(denoiser.prediction_type)
         torch.testing.assert_close(view, call.output, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_unconditional_is_what_the_pipeline_guides_with(pipe: Any) -> None:
-    uncond = family_of(pipe).unconditional(pipe, 2)
-    calls, _ = record(pipe, num_inference_steps=1, guidance_scale=2.0)
-    assert len(calls[0].x_t) == 4  # the unconditional half comes first
-    assert uncond.keys() == calls[0].conditions.keys()
-    for name in uncond:
-        assert torch.equal(uncond[name], calls[0].conditions[name][:2]), name
+    uncond = family_of(pipe).unconditional(pipe, 2, resolution_of(pipe))
+    calls, _ = record(pipe, num_inference_steps=1, **GUIDED)
+    assert sum(len(call.x_t) for call in calls) == 4
+    given, _ = inputs_of(pipe, calls[0].x_t[:2], calls[0].t[:2], uncond)
+    assert_same(given, unconditional_part(calls))
 
 
 @torch.no_grad()
@@ -107,7 +175,7 @@ def test_unconditional_without_zeros_is_the_empty_prompt() -> None:
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     uncond = family_of(pipe).unconditional(pipe, 2)
     calls, _ = record(pipe, num_inference_steps=1, guidance_scale=2.0)
-    assert torch.equal(uncond["prompt_embeds"], calls[0].conditions["prompt_embeds"][:2])
+    assert torch.equal(uncond["prompt_embeds"], calls[0].given["encoder_hidden_states"][:2])
     assert uncond["prompt_embeds"].abs().max() > 0
 
 
@@ -115,8 +183,8 @@ def test_unconditional_without_zeros_is_the_empty_prompt() -> None:
 def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any) -> None:
     """DDIM, Euler and flow-matching Euler: x_t' = alpha(t') x0 + sigma(t') eps. float32 tables there, hence 1e-5 of the range."""
     denoiser = denoiser_of(pipe)
-    first, second = record(pipe, num_inference_steps=2, guidance_scale=1.0)[0]
-    pred = denoiser(first.x_t, first.t, first.conditions)
+    first, second = record(pipe, num_inference_steps=2, **UNGUIDED)[0]
+    pred = denoiser(first.x_t, first.t, conditions_of(pipe))
     x_t = denoiser.schedule.add_noise(pred.x0, pred.eps, second.t)
     torch.testing.assert_close(x_t, second.x_t, rtol=1e-5, atol=1e-5 * float(second.x_t.abs().max()))
 
@@ -124,8 +192,8 @@ def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any)
 @torch.no_grad()
 def test_last_prediction_decodes_to_the_pipelines_images(pipe: Any) -> None:
     denoiser, family = denoiser_of(pipe), family_of(pipe)
-    calls, images = record(pipe, num_inference_steps=2, guidance_scale=1.0)
-    pred = denoiser(calls[-1].x_t, calls[-1].t, calls[-1].conditions)
+    calls, images = record(pipe, num_inference_steps=2, **UNGUIDED)
+    pred = denoiser(calls[-1].x_t, calls[-1].t, conditions_of(pipe))
     last = pred.x0
     if pipe.scheduler.config.get("set_alpha_to_one") is False:  # Stable Diffusion's DDIM stops at timestep 0, which has noise
         last = denoiser.schedule.add_noise(pred.x0, pred.eps, torch.zeros(2, dtype=torch.long))
@@ -180,7 +248,7 @@ def test_features_stop_early_and_carry_gradients(name_of_pipe: str, gradient_che
     if gradient_checkpointing:
         denoiser.model.train().enable_gradient_checkpointing()
     runs: list[int] = []
-    NEVER_REACHED[family_of(pipe).component](denoiser.model).register_forward_pre_hook(lambda *_: runs.append(1))
+    BEHIND_THE_TAPS[family_of(pipe).component](denoiser.model).register_forward_pre_hook(lambda *_: runs.append(1))
     x_t, t, cond = random_input(pipe)
     x_t.requires_grad_(True)
     features = denoiser.features(x_t, t, cond)

@@ -12,7 +12,8 @@ from ..errors import reject
 
 @torch.no_grad()
 def posterior_mean(vae: Any, images: Tensor) -> Tensor:
-    """Mean (B, C, h, w) in float32 of the VAE's posterior for images (B, 3, H, W) in [-1, 1], before any scaling.
+    """Mean (B, C, h, w) in float32 of the VAE's posterior for images (B, 3, H, W) in [-1, 1], before any scaling; a VAE of videos
+    takes and gives a dimension of frames behind the channels.
 
     The mean rather than a sample: the same image is the same x0 in every epoch, in a cache and after a resume, and the
     posterior of a trained diffusion VAE is so narrow that a draw adds nothing.
@@ -24,7 +25,7 @@ def posterior_mean(vae: Any, images: Tensor) -> Tensor:
 
 
 def decode_unscaled(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in float32 of latents (B, C, h, w) in the VAE's own units; differentiable in `latents`."""
+    """Images (B, 3, H, W) in float32 of latents (B, C, h, w) in the VAE's own units, or videos; differentiable in `latents`."""
     with _without_overflow(vae):
         images: Tensor = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
     return images.float()
@@ -45,7 +46,7 @@ def latent_side(resolution: int | None, default: int, multiple: int, scale: int)
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
     """Run a float16 VAE that overflows in half precision (SDXL's: `force_upcast`) in float32, as the pipeline does."""
-    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
         yield
         return
     vae.to(torch.float32)

@@ -28,6 +28,19 @@ class Family(ABC):
     def taps(self, model: nn.Module) -> list[nn.Module]:
         """Modules whose outputs serve a discriminator, in the order in which the network runs them."""
 
+    def feature(self, output: Any, x_t: Tensor) -> Tensor:
+        """What a discriminator sees of a tapped module's `output` when the network runs on x_t (B, ...): a map or tokens of the image."""
+        feature: Tensor = output[0] if isinstance(output, tuple) else output
+        return feature
+
+    def pack(self, x0: Tensor) -> Tensor:
+        """x0 (B, ...) in the layout in which the pipeline's scheduler steps it and draws noise."""
+        return x0
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        """Inverse of `pack` for an x0 of the shape of `like`."""
+        return packed
+
     @abstractmethod
     def sample_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, ...]:
         """Shape of one x0 without the batch dimension, for images of `resolution` pixels (None: the pipeline's own)."""

@@ -24,3 +24,12 @@ def example_conditions(pipe: Any, count: int = 2) -> list[Any]:
     """`count` different prompts, or class labels where the pipeline takes those."""
     labelled = type(pipe).__name__ == "ClassConditionalPipeline"
     return [i if labelled else f"a photo of {i}" for i in range(count)]
+
+
+# Pixels at which to draw where the pipeline's own size stands in its code and is that of the full model.
+RESOLUTIONS = {"FluxPipeline": 16, "QwenImagePipeline": 16, "ZImagePipeline": 16}
+
+
+def resolution_of(pipe: Any) -> int | None:
+    """The resolution at which tests draw with `pipe`; None: its own."""
+    return RESOLUTIONS.get(type(pipe).__name__)
