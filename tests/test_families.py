@@ -15,6 +15,7 @@ from tiny_pipelines import (
     class_conditional,
     example_conditions,
     resolution_of,
+    size_arguments,
     stable_diffusion,
     stable_diffusion_3,
     stable_diffusion_xl,
@@ -66,7 +67,7 @@ def as_x0(pipe: Any, value: Tensor | list[Tensor], resolution: int | None = None
 def record(pipe: Any, conditions: list[Any] | None = None, **call: Any) -> tuple[list[NetworkCall], Tensor]:
     """Run the pipeline on two conditions; its network calls and its images (B, C, H, W) in [0, 1]."""
     family, calls, waiting = family_of(pipe), [], []
-    step, size = pipe.scheduler.step, resolution_of(pipe)
+    step = pipe.scheduler.step
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         waiting.append(arguments(module, args, kwargs))
@@ -81,7 +82,7 @@ def record(pipe: Any, conditions: list[Any] | None = None, **call: Any) -> tuple
 
     pipe.scheduler.step = recorded_step
     handle = getattr(pipe, family.component).register_forward_hook(hook, with_kwargs=True)
-    call = ({} if size is None else {"height": size, "width": size}) | call
+    call = size_arguments(pipe) | call
     condition = family.condition_argument(conditions or example_conditions(pipe))
     try:
         images = pipe(**condition, **call, generator=torch.Generator().manual_seed(0), output_type="pt").images
@@ -255,14 +256,14 @@ def test_features_stop_early_and_carry_gradients(name_of_pipe: str, gradient_che
     assert runs == []
     assert features
     for feature in features:
-        assert feature.shape in ((2, 16, 4, 4), (2, 16, 16))  # 16 channels at half the size of x_t, or 16 tokens of 2x2
+        assert feature.shape in ((2, 16, 4, 4), (2, 16, 16), (2, 16, 24))  # a map of half the size of x_t, or 16 tokens of 2x2
         (gradient,) = torch.autograd.grad(feature.square().mean() + feature.pow(3).mean(), x_t, retain_graph=True)
         assert (gradient.flatten(1).norm(dim=1) > 0).all()
     denoiser(x_t, t, cond)
     assert runs  # the same hook does see a whole pass, so that zero above means something
 
 
-@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "class_conditional_flow"])
+@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "class_conditional_flow"])
 def name_of_pipe(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

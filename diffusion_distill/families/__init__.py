@@ -2,6 +2,7 @@
 
 from ..errors import reject
 from .base import Cond, Family
+from .pixart import PixArt
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -9,7 +10,7 @@ from .unet2d import ClassConditionalUNet2D
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
+    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), PixArt())
     for name in family.pipelines
 }
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import reject
 
 
@@ -35,3 +37,9 @@ def integer_timesteps(timesteps: Sequence[float]) -> list[int]:
 def image_size(resolution: int | None) -> dict[str, int]:
     """A text-to-image pipeline's arguments for square images of `resolution` pixels; none for its own size."""
     return {} if resolution is None else {"height": resolution, "width": resolution}
+
+
+def mean_of_tokens(embeds: Tensor, mask: Tensor) -> Tensor:
+    """Mean (B, D) in float32 of token embeddings (B, N, D) where `mask` (B, N) is not zero."""
+    kept = mask.ne(0).unsqueeze(2)
+    return (embeds.float() * kept).sum(1) / kept.sum(1).clamp(min=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from .latent_transformers import pixart_alpha, pixart_sigma
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -14,6 +15,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "stable_diffusion_v": partial(stable_diffusion, "v_prediction"),
     "stable_diffusion_xl": stable_diffusion_xl,
     "stable_diffusion_3": stable_diffusion_3,
+    "pixart_alpha": pixart_alpha,
+    "pixart_sigma": pixart_sigma,
     "class_conditional_flow": class_conditional,
     "class_conditional_v": partial(class_conditional, "v_prediction"),
     "class_conditional_epsilon": partial(class_conditional, "epsilon"),
@@ -27,9 +30,19 @@ def example_conditions(pipe: Any, count: int = 2) -> list[Any]:
 
 
 # Pixels at which to draw where the pipeline's own size stands in its code and is that of the full model.
-RESOLUTIONS = {"FluxPipeline": 16, "QwenImagePipeline": 16, "ZImagePipeline": 16}
+RESOLUTIONS = {"PixArtAlphaPipeline": 16, "FluxPipeline": 16, "QwenImagePipeline": 16, "ZImagePipeline": 16}
 
 
 def resolution_of(pipe: Any) -> int | None:
     """The resolution at which tests draw with `pipe`; None: its own."""
     return RESOLUTIONS.get(type(pipe).__name__)
+
+
+# Arguments without which these pipelines draw another size than they are asked for.
+OWN_SIZE = {"PixArtAlphaPipeline": {"use_resolution_binning": False}, "PixArtSigmaPipeline": {"use_resolution_binning": False}}
+
+
+def size_arguments(pipe: Any) -> dict[str, Any]:
+    """The arguments of a call with which `pipe` draws at `resolution_of(pipe)`."""
+    size = resolution_of(pipe)
+    return ({} if size is None else {"height": size, "width": size}) | OWN_SIZE.get(type(pipe).__name__, {})
