@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import (
     PIPELINES,
@@ -27,10 +27,18 @@ from diffusion_distill.errors import InputError
 from diffusion_distill.families import family_of
 from diffusion_distill.schedule import NoiseSchedule, prediction_type_of
 
-TEXT = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3")
-GUIDED = {"guidance_scale": 2.0}
-UNGUIDED = {"guidance_scale": 1.0}
-BEHIND_THE_TAPS = {"unet": lambda model: model.up_blocks[0], "transformer": lambda model: model.transformer_blocks[-1]}
+TEXT = tuple(name for name in PIPELINES if not name.startswith("class"))
+# Calls of a pipeline with classifier-free guidance off and on, where they are not {"guidance_scale": 1.0} and {"guidance_scale": 2.0}.
+UNGUIDED: dict[str, dict[str, Any]] = {"FluxPipeline": {}, "QwenImagePipeline": {"true_cfg_scale": 1.0}}
+UNGUIDED["ZImagePipeline"] = {"guidance_scale": 0.0}
+GUIDED: dict[str, dict[str, Any]] = {"FluxPipeline": {"true_cfg_scale": 2.0, "negative_prompt": ["", ""]}}
+GUIDED["QwenImagePipeline"] = {"true_cfg_scale": 2.0, "negative_prompt": [" ", " "]}
+BEHIND_THE_TAPS = {
+    "flux": lambda model: model.single_transformer_blocks[-1],
+    "z_image": lambda model: next(iter(model.all_final_layer.values())),
+    "unet": lambda model: model.up_blocks[0],
+    "transformer": lambda model: model.transformer_blocks[-1],
+}
 
 
 @dataclass
@@ -120,9 +128,20 @@ def assert_same(given: Any, expected: Any, where: str = "") -> None:
         assert given == expected, where
 
 
-def unconditional_part(calls: list[NetworkCall]) -> dict[str, Any]:
-    """Inputs of the unconditional half of a guided step on two samples: the first half of the batch."""
-    return {name: value[:2] if isinstance(value, Tensor) else value for name, value in calls[0].given.items()}
+def unguided(pipe: Any) -> dict[str, Any]:
+    return UNGUIDED.get(type(pipe).__name__, {"guidance_scale": 1.0})
+
+
+def guided(pipe: Any) -> dict[str, Any]:
+    return GUIDED.get(type(pipe).__name__, {"guidance_scale": 2.0})
+
+
+def unconditional_part(pipe: Any, calls: list[NetworkCall]) -> dict[str, Any]:
+    """Inputs of the unconditional half of a guided step on two samples: the first half of the batch, or a second call."""
+    if len(calls) == 2:
+        return calls[1].given
+    half = slice(2, None) if type(pipe).__name__ == "ZImagePipeline" else slice(2)
+    return {name: value[half] if isinstance(value, Tensor | list) else value for name, value in calls[0].given.items()}
 
 
 def denoiser_of(pipe: Any) -> Denoiser:
@@ -150,7 +169,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 def test_denoiser_repeats_the_pipelines_network_calls(pipe: Any) -> None:
     denoiser, family = denoiser_of(pipe), family_of(pipe)
     cond = conditions_of(pipe)
-    calls, _ = record(pipe, num_inference_steps=2, **UNGUIDED)
+    calls, _ = record(pipe, num_inference_steps=2, **unguided(pipe))
     assert len(calls) == 2
     for call in calls:
         assert call.x_t.shape == (2, *family.sample_shape(pipe, resolution_of(pipe)))
@@ -164,10 +183,10 @@ def test_denoiser_repeats_the_pipelines_network_calls(pipe: Any) -> None:
 @torch.no_grad()
 def test_unconditional_is_what_the_pipeline_guides_with(pipe: Any) -> None:
     uncond = family_of(pipe).unconditional(pipe, 2, resolution_of(pipe))
-    calls, _ = record(pipe, num_inference_steps=1, **GUIDED)
+    calls, _ = record(pipe, num_inference_steps=1, **guided(pipe))
     assert sum(len(call.x_t) for call in calls) == 4
     given, _ = inputs_of(pipe, calls[0].x_t[:2], calls[0].t[:2], uncond)
-    assert_same(given, unconditional_part(calls))
+    assert_same(given, unconditional_part(pipe, calls))
 
 
 @torch.no_grad()
@@ -184,7 +203,7 @@ def test_unconditional_without_zeros_is_the_empty_prompt() -> None:
 def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any) -> None:
     """DDIM, Euler and flow-matching Euler: x_t' = alpha(t') x0 + sigma(t') eps. float32 tables there, hence 1e-5 of the range."""
     denoiser = denoiser_of(pipe)
-    first, second = record(pipe, num_inference_steps=2, **UNGUIDED)[0]
+    first, second = record(pipe, num_inference_steps=2, **unguided(pipe))[0]
     pred = denoiser(first.x_t, first.t, conditions_of(pipe))
     x_t = denoiser.schedule.add_noise(pred.x0, pred.eps, second.t)
     torch.testing.assert_close(x_t, second.x_t, rtol=1e-5, atol=1e-5 * float(second.x_t.abs().max()))
@@ -193,7 +212,7 @@ def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any)
 @torch.no_grad()
 def test_last_prediction_decodes_to_the_pipelines_images(pipe: Any) -> None:
     denoiser, family = denoiser_of(pipe), family_of(pipe)
-    calls, images = record(pipe, num_inference_steps=2, **UNGUIDED)
+    calls, images = record(pipe, num_inference_steps=2, **unguided(pipe))
     pred = denoiser(calls[-1].x_t, calls[-1].t, conditions_of(pipe))
     last = pred.x0
     if pipe.scheduler.config.get("set_alpha_to_one") is False:  # Stable Diffusion's DDIM stops at timestep 0, which has noise
@@ -209,13 +228,22 @@ def test_encoding_then_decoding_is_the_vaes_own_reconstruction(name: str) -> Non
     pipe = PIPELINES[name]()
     family, images = family_of(pipe), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x0 = family.encode_images(pipe, images)
-    assert x0.shape == (2, *family.sample_shape(pipe))
+    assert x0.shape == (2, *family.sample_shape(pipe, resolution_of(pipe)))
     assert torch.equal(x0, family.encode_images(pipe, images))
-    expected = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample
-    torch.testing.assert_close(family.decode(pipe, x0), expected, rtol=1e-5, atol=1e-5)
-    shift = pipe.vae.config.shift_factor or 0
-    expected_x0 = (pipe.vae.encode(images).latent_dist.mean - shift) * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(x0, expected_x0, rtol=1e-6, atol=1e-6)
+    if not isinstance(pipe.vae, AutoencoderKL):  # videos of one frame
+        images = images.unsqueeze(2)
+    mean = pipe.vae.encode(images).latent_dist.mean
+    expected = pipe.vae.decode(mean).sample
+    torch.testing.assert_close(family.decode(pipe, x0), as_x0(pipe, expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x0, as_x0(pipe, whitened(pipe.vae.config, mean)), rtol=1e-6, atol=1e-6)
+
+
+def whitened(config: Any, mean: Tensor) -> Tensor:
+    """The VAE's latents (B, C, ...) as its network knows them: shifted and scaled, in each channel where the configuration says so."""
+    if config.get("latents_mean") is None:
+        return (mean - (config.get("shift_factor") or 0)) * config.scaling_factor
+    offset, spread = (torch.tensor(values).reshape(-1, *[1] * (mean.ndim - 2)) for values in (config.latents_mean, config.latents_std))
+    return (mean - offset) / spread
 
 
 @torch.no_grad()
@@ -249,21 +277,28 @@ def test_features_stop_early_and_carry_gradients(name_of_pipe: str, gradient_che
     if gradient_checkpointing:
         denoiser.model.train().enable_gradient_checkpointing()
     runs: list[int] = []
-    BEHIND_THE_TAPS[family_of(pipe).component](denoiser.model).register_forward_pre_hook(lambda *_: runs.append(1))
+    family = family_of(pipe)
+    behind = BEHIND_THE_TAPS.get(family.name) or BEHIND_THE_TAPS[family.component]
+    behind(denoiser.model).register_forward_pre_hook(lambda *_: runs.append(1))
     x_t, t, cond = random_input(pipe)
     x_t.requires_grad_(True)
     features = denoiser.features(x_t, t, cond)
     assert runs == []
     assert features
     for feature in features:
-        assert feature.shape in ((2, 16, 4, 4), (2, 16, 16), (2, 16, 24))  # a map of half the size of x_t, or 16 tokens of 2x2
+        assert feature.shape in (
+            (2, 16, 4, 4),
+            (2, 16, 16),
+            (2, 16, 24),
+            (2, 16, 12),
+        )  # 16 channels at half the size of x_t, or 16 tokens of 2x2
         (gradient,) = torch.autograd.grad(feature.square().mean() + feature.pow(3).mean(), x_t, retain_graph=True)
         assert (gradient.flatten(1).norm(dim=1) > 0).all()
     denoiser(x_t, t, cond)
     assert runs  # the same hook does see a whole pass, so that zero above means something
 
 
-@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "class_conditional_flow"])
+@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "flux", "class_conditional_flow"])
 def name_of_pipe(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -317,7 +352,7 @@ def test_pipeline_call_visits_the_timesteps_without_guidance(name: str, timestep
     """On the schedulers that few-step students ship with; flow matching stores sigmas in float32, hence 1e-3 of 1000."""
     pipe = PIPELINES[name]()
     flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    student = {"shift": 1.0} if flow else {"original_inference_steps": 1000}
+    student = {"shift": 1.0, "use_dynamic_shifting": False} if flow else {"original_inference_steps": 1000}
     pipe.scheduler = (FlowMatchEulerDiscreteScheduler if flow else LCMScheduler).from_config(pipe.scheduler.config, **student)
     calls, _ = record(pipe, **family_of(pipe).pipeline_call(timesteps, 1000))
     assert [len(call.x_t) for call in calls] == [2] * len(timesteps)

@@ -2,6 +2,7 @@
 
 from ..errors import reject
 from .base import Cond, Family
+from .flux import Flux
 from .pixart import PixArt
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
@@ -10,7 +11,7 @@ from .unet2d import ClassConditionalUNet2D
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), PixArt())
+    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt())
     for name in family.pipelines
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from .flow_transformers import flux
 from .latent_transformers import pixart_alpha, pixart_sigma
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
@@ -17,6 +18,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "stable_diffusion_3": stable_diffusion_3,
     "pixart_alpha": pixart_alpha,
     "pixart_sigma": pixart_sigma,
+    "flux": flux,
+    "flux_schnell": partial(flux, guidance=False),
     "class_conditional_flow": class_conditional,
     "class_conditional_v": partial(class_conditional, "v_prediction"),
     "class_conditional_epsilon": partial(class_conditional, "epsilon"),
