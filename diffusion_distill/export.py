@@ -164,6 +164,7 @@ def _is_custom(pipe: Any) -> bool:
 
 def _call(pipe: Any, family: Family, sampler: FewStepSampler, scheduler: Any, resolution: int | None) -> dict[str, Any]:
     call = family.pipeline_call(sampler.timesteps, scheduler.config.num_train_timesteps, resolution)
+    call |= family.size_arguments(pipe, resolution)
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         call.pop("timesteps", None)  # DDIM takes the number of steps alone, and `student_scheduler` saw to it that they are these
     if sampler.guidance_embedding is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import AutoencoderDC, AutoencoderKL, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import (
     PIPELINES,
@@ -25,7 +25,8 @@ from torch import Tensor
 from diffusion_distill.denoiser import Denoiser
 from diffusion_distill.errors import InputError
 from diffusion_distill.families import family_of
-from diffusion_distill.schedule import NoiseSchedule, prediction_type_of
+from diffusion_distill.prediction import Prediction
+from diffusion_distill.schedule import NoiseSchedule, RectifiedFlow, expand_dims, prediction_type_of
 
 TEXT = tuple(name for name in PIPELINES if not name.startswith("class"))
 # Calls of a pipeline with classifier-free guidance off and on, where they are not {"guidance_scale": 1.0} and {"guidance_scale": 2.0}.
@@ -150,6 +151,22 @@ def denoiser_of(pipe: Any) -> Denoiser:
     return Denoiser(getattr(pipe, family.component), schedule, prediction_type, family)
 
 
+def predicted(pipe: Any, call: NetworkCall) -> Prediction:
+    """What the output means at the sigma that the scheduler steps with."""
+    denoiser, t = denoiser_of(pipe), stepped(pipe, call.t)
+    alpha, sigma = (expand_dims(coefficient(t), call.x_t) for coefficient in (denoiser.schedule.alpha, denoiser.schedule.sigma))
+    return Prediction.from_output(call.output, denoiser.prediction_type, call.x_t, alpha, sigma)
+
+
+def stepped(pipe: Any, t: Tensor) -> Tensor:
+    """The timesteps (B,) at that sigma; on flow-matching sigmas, DPM-Solver and UniPC give the network the whole part alone."""
+    scheduler = pipe.scheduler
+    if not scheduler.config.get("use_flow_sigmas"):
+        return t
+    index = scheduler.timesteps.tolist().index(t[0])
+    return (scheduler.config.num_train_timesteps * scheduler.sigmas[index].double()).expand(len(t))
+
+
 def random_input(pipe: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     family, generator = family_of(pipe), torch.Generator().manual_seed(1)
     x_t = torch.randn(2, *family.sample_shape(pipe, resolution_of(pipe)), generator=generator)
@@ -201,11 +218,10 @@ def test_unconditional_without_zeros_is_the_empty_prompt() -> None:
 
 @torch.no_grad()
 def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any) -> None:
-    """DDIM, Euler and flow-matching Euler: x_t' = alpha(t') x0 + sigma(t') eps. float32 tables there, hence 1e-5 of the range."""
-    denoiser = denoiser_of(pipe)
+    """DDIM, Euler, flow-matching Euler, the first steps of DPM-Solver and UniPC: x_t' = alpha(t') x0 + sigma(t') eps. float32 tables there, hence 1e-5 of the range."""
     first, second = record(pipe, num_inference_steps=2, **unguided(pipe))[0]
-    pred = denoiser(first.x_t, first.t, conditions_of(pipe))
-    x_t = denoiser.schedule.add_noise(pred.x0, pred.eps, second.t)
+    pred = predicted(pipe, first)
+    x_t = denoiser_of(pipe).schedule.add_noise(pred.x0, pred.eps, stepped(pipe, second.t))
     torch.testing.assert_close(x_t, second.x_t, rtol=1e-5, atol=1e-5 * float(second.x_t.abs().max()))
 
 
@@ -213,7 +229,7 @@ def test_one_deterministic_step_is_renoising_with_the_predicted_noise(pipe: Any)
 def test_last_prediction_decodes_to_the_pipelines_images(pipe: Any) -> None:
     denoiser, family = denoiser_of(pipe), family_of(pipe)
     calls, images = record(pipe, num_inference_steps=2, **unguided(pipe))
-    pred = denoiser(calls[-1].x_t, calls[-1].t, conditions_of(pipe))
+    pred = predicted(pipe, calls[-1])
     last = pred.x0
     if pipe.scheduler.config.get("set_alpha_to_one") is False:  # Stable Diffusion's DDIM stops at timestep 0, which has noise
         last = denoiser.schedule.add_noise(pred.x0, pred.eps, torch.zeros(2, dtype=torch.long))
@@ -226,13 +242,16 @@ def test_last_prediction_decodes_to_the_pipelines_images(pipe: Any) -> None:
 @pytest.mark.parametrize("name", TEXT)
 def test_encoding_then_decoding_is_the_vaes_own_reconstruction(name: str) -> None:
     pipe = PIPELINES[name]()
-    family, images = family_of(pipe), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    family = family_of(pipe)
+    channels, side = family.image_shape(pipe, resolution_of(pipe))
+    images = torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x0 = family.encode_images(pipe, images)
     assert x0.shape == (2, *family.sample_shape(pipe, resolution_of(pipe)))
     assert torch.equal(x0, family.encode_images(pipe, images))
-    if not isinstance(pipe.vae, AutoencoderKL):  # videos of one frame
+    if not isinstance(pipe.vae, AutoencoderKL | AutoencoderDC):  # videos of one frame
         images = images.unsqueeze(2)
-    mean = pipe.vae.encode(images).latent_dist.mean
+    encoded = pipe.vae.encode(images)
+    mean = encoded.latent if isinstance(pipe.vae, AutoencoderDC) else encoded.latent_dist.mean
     expected = pipe.vae.decode(mean).sample
     torch.testing.assert_close(family.decode(pipe, x0), as_x0(pipe, expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x0, as_x0(pipe, whitened(pipe.vae.config, mean)), rtol=1e-6, atol=1e-6)
@@ -291,6 +310,7 @@ def test_features_stop_early_and_carry_gradients(name_of_pipe: str, gradient_che
             (2, 16, 16),
             (2, 16, 24),
             (2, 16, 12),
+            (2, 64, 16),
         )  # 16 channels at half the size of x_t, or 16 tokens of 2x2
         (gradient,) = torch.autograd.grad(feature.square().mean() + feature.pow(3).mean(), x_t, retain_graph=True)
         assert (gradient.flatten(1).norm(dim=1) > 0).all()
@@ -298,7 +318,7 @@ def test_features_stop_early_and_carry_gradients(name_of_pipe: str, gradient_che
     assert runs  # the same hook does see a whole pass, so that zero above means something
 
 
-@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "flux", "class_conditional_flow"])
+@pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "sana", "flux", "class_conditional_flow"])
 def name_of_pipe(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -351,7 +371,7 @@ def test_conditions_can_be_encoded_apart_and_joined(pipe: Any) -> None:
 def test_pipeline_call_visits_the_timesteps_without_guidance(name: str, timesteps: tuple[float, ...]) -> None:
     """On the schedulers that few-step students ship with; flow matching stores sigmas in float32, hence 1e-3 of 1000."""
     pipe = PIPELINES[name]()
-    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    flow = isinstance(NoiseSchedule.from_scheduler(pipe.scheduler), RectifiedFlow)
     student = {"shift": 1.0, "use_dynamic_shifting": False} if flow else {"original_inference_steps": 1000}
     pipe.scheduler = (FlowMatchEulerDiscreteScheduler if flow else LCMScheduler).from_config(pipe.scheduler.config, **student)
     calls, _ = record(pipe, **family_of(pipe).pipeline_call(timesteps, 1000))

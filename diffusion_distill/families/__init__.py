@@ -4,6 +4,7 @@ from ..errors import reject
 from .base import Cond, Family
 from .flux import Flux
 from .pixart import PixArt
+from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -11,7 +12,7 @@ from .unet2d import ClassConditionalUNet2D
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt())
+    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt(), Sana())
     for name in family.pipelines
 }
 

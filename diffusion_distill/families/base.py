@@ -77,6 +77,10 @@ class Family(ABC):
     def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:
         """Keyword arguments with which the exported pipeline visits exactly `timesteps` at `resolution`, guidance off."""
 
+    def size_arguments(self, pipe: Any, resolution: int | None = None) -> dict[str, Any]:
+        """More of these, where the pipeline would draw another size than `sample_shape` without them whatever the resolution."""
+        return {}
+
     @abstractmethod
     def condition_argument(self, conditions: Sequence[Any]) -> dict[str, Any]:
         """The same prompts or class labels as the pipeline's own keyword argument."""

@@ -8,7 +8,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from .flow_transformers import flux
-from .latent_transformers import pixart_alpha, pixart_sigma
+from .latent_transformers import pixart_alpha, pixart_sigma, sana
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -18,6 +18,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "stable_diffusion_3": stable_diffusion_3,
     "pixart_alpha": pixart_alpha,
     "pixart_sigma": pixart_sigma,
+    "sana": sana,
     "flux": flux,
     "flux_schnell": partial(flux, guidance=False),
     "class_conditional_flow": class_conditional,
@@ -33,7 +34,7 @@ def example_conditions(pipe: Any, count: int = 2) -> list[Any]:
 
 
 # Pixels at which to draw where the pipeline's own size stands in its code and is that of the full model.
-RESOLUTIONS = {"PixArtAlphaPipeline": 16, "FluxPipeline": 16, "QwenImagePipeline": 16, "ZImagePipeline": 16}
+RESOLUTIONS = {"PixArtAlphaPipeline": 16, "SanaPipeline": 32, "FluxPipeline": 16, "QwenImagePipeline": 16, "ZImagePipeline": 16}
 
 
 def resolution_of(pipe: Any) -> int | None:
@@ -42,7 +43,7 @@ def resolution_of(pipe: Any) -> int | None:
 
 
 # Arguments without which these pipelines draw another size than they are asked for.
-OWN_SIZE = {"PixArtAlphaPipeline": {"use_resolution_binning": False}, "PixArtSigmaPipeline": {"use_resolution_binning": False}}
+OWN_SIZE = dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline"), {"use_resolution_binning": False})
 
 
 def size_arguments(pipe: Any) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Tiny pipelines around a transformer on the latents of an autoencoder: PixArt, Sana, DiT, Wan."""
 
 from diffusers import (
+    AutoencoderDC,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
 )
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from .parts import TEXT_WIDTH, ready, seeded, t5_encoder, t5_tokenizer, vae
 
@@ -44,3 +48,60 @@ def _pixart(pipeline, scheduler, seed: int, **config):  # type: ignore[no-untype
         )
         pipe = pipeline(tokenizer=tokenizer, text_encoder=t5_encoder(tokenizer), vae=vae(), transformer=transformer, scheduler=scheduler)
         return ready(pipe, transformer)
+
+
+def sana(seed: int = 0) -> SanaPipeline:
+    """Sana with second-order DPM-Solver++ on shifted sigmas, as it ships: 32-pixel images, latents (4, 8, 8) without patches."""
+    with seeded(seed):
+        tokenizer = gemma_tokenizer()
+        transformer = SanaTransformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=DEPTH,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=TEXT_WIDTH,
+            caption_channels=TEXT_WIDTH,
+            mlp_ratio=1.0,
+        )
+        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        pipe = SanaPipeline(
+            tokenizer=tokenizer, text_encoder=_gemma(tokenizer), vae=_deep_compression(), transformer=transformer, scheduler=scheduler
+        )
+        return ready(pipe, transformer)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Bytes and printable ASCII characters as tokens, no merges."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *map(chr, range(33, 127))]
+    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+
+
+def _gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=4096,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _deep_compression() -> AutoencoderDC:
+    """A quarter of the side, with the attention of the deep layers."""
+    blocks = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 8)}
+    blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, **sides)
