@@ -83,7 +83,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dic
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest sound checkpoint in `root`, None if there is none. Warns, one line each, of newer ones that are damaged."""
     damaged, found = [], None
-    for path in _checkpoints(root):
+    for path in checkpoints_in(root):
         try:
             _verify(path)
         except InputError as error:
@@ -109,7 +109,7 @@ def resolve_checkpoint(root: Path, value: str) -> Path:
     for path in (Path(value), root / value):
         if (path / MANIFEST).is_file():
             return path
-    names = ", ".join(path.name for path in _checkpoints(root)) or "none"
+    names = ", ".join(path.name for path in checkpoints_in(root)) or "none"
     raise reject("resume_from_checkpoint", value, f"'latest' or the path of a checkpoint is needed; in {root}: {names}")
 
 
@@ -172,8 +172,8 @@ def _settings(live: Mapping[str, Any], saved: Mapping[str, Any], names: Sequence
     return settings | {key: live[key] for key in KERNEL_CHOICES if key in live} | {"params": live["params"]}
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first; a replaced one counts where a kill came before its successor had its name."""
+def checkpoints_in(root: Path) -> list[Path]:
+    """Checkpoint folders, sound or not, newest first; a replaced one counts where a kill came before its successor had its name."""
     found: dict[int, Path] = {}
     for path in root.glob("*checkpoint-*"):
         match = re.fullmatch(rf"({re.escape(REPLACED)})?checkpoint-(\d+)", path.name)
@@ -243,7 +243,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 def _prune(root: Path, saved: Path, keep: int) -> None:
     """Delete what is older than the `keep - 1` newest sound checkpoints beside `saved`."""
-    others = [path for path in _checkpoints(root) if path != saved]
+    others = [path for path in checkpoints_in(root) if path != saved]
     if len(others) < keep:
         return
     sound = 0

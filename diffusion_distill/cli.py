@@ -9,7 +9,6 @@ from .distill import run
 from .errors import reject
 from .methods import METHODS
 from .train_config import TrainConfig
-from .trainer import NonFiniteError
 
 
 def train(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None) -> None:
@@ -17,10 +16,7 @@ def train(name: str, argv: Sequence[str] | None = None, *, prog: str | None = No
     kind = METHODS[name]
     groups = (TeacherConfig, kind, DataConfig, TrainConfig)
     teacher, method, data, config = parse(argv, *groups, prog=prog or f"{name}.py", description=description or kind.__doc__ or name)
-    try:
-        run(method, teacher, data, config)
-    except NonFiniteError as error:
-        sys.exit(f"error: {error}")
+    run(method, teacher, data, config)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ final values, so a wrong value reads the same wherever it came from.
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import math
 import re
@@ -19,7 +20,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import tyro
 import yaml
 
-from .errors import InputError, reject
+from .errors import CheckpointError, InputError, RunError, reject
+from .redaction import redacted
 
 T = TypeVar("T")
 
@@ -104,15 +106,26 @@ def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with what it returns; with 2 and one line on stderr for an InputError, with 130 when interrupted."""
+    """Run `main` and exit with what it returns; with one line on stderr and a code of its own for what is foreseen.
+
+    The codes stand in `errors.py`; a full disk has that of a checkpoint that could not be written, an interrupt 130.
+    """
     try:
         code = main() or 0
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = 2
+    except (InputError, RunError) as error:
+        code = _say(error, error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        code = _say(error, CheckpointError.exit_code)
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _say(error: Exception, code: int) -> int:
+    print("error:", redacted(" ".join(str(error).split())), file=sys.stderr)
+    return code
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

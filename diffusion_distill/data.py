@@ -1,13 +1,10 @@
-"""Prompts, class labels, images and pairs, and which sample stands where in which batch.
+"""Prompts, class labels, images and pairs, and the folders and files that they are read from."""
 
-The order is a function of (seed, step) alone: a resumed run needs no stored position, and the same global batch holds the
-same samples in the same slots whether it is one batch, several accumulated ones, or spread over ranks.
-"""
-
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -16,11 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .errors import InputError, reject
 from .pairs import PairDataset
-from .random import derive_seed
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
@@ -40,16 +36,6 @@ class Item(_Conditioned, total=False):
     image: Tensor  # (C, H, W) float32 in [-1, 1]
     noise: Tensor  # of a stored pair, shaped like the teacher's samples
     x0: Tensor  # what the teacher drew from `noise`
-
-
-class MicroBatch(TypedDict):
-    """b samples; `slots` are their positions in the global batch of the optimizer step."""
-
-    slots: list[int]
-    condition: list[Condition]
-    image: Tensor | None  # (b, C, H, W) float32 in [-1, 1]
-    noise: Tensor | None  # (b, ...) of stored pairs
-    x0: Tensor | None  # (b, ...) of stored pairs
 
 
 @dataclass
@@ -155,6 +141,30 @@ def build_dataset(
     conditions, paths = _read_folder(config, needs_images, num_classes)
     files = ImageFiles(paths, channels, side, config.center_crop) if needs_images and channels and side else None
     return ConditionDataset(conditions, files)
+
+
+def fingerprint(dataset: Dataset[Any]) -> dict[str, Any]:
+    """Number of samples and, of the classes of this package, a SHA-256 that tells one set from another.
+
+    It covers all conditions; of pairs, the hashes of all shards; of images, their values or all file names, with a thousand of the sizes:
+    a folder may be large and far away.
+    """
+    found: dict[str, Any] = {"samples": len(dataset)}  # type: ignore[arg-type]
+    parts: list[Any] = []
+    if isinstance(dataset, PairDataset):
+        parts = [dataset.settings, dataset.shards, dataset.conditions]
+    elif isinstance(dataset, ConditionDataset):
+        parts = [list(dataset.conditions), _image_part(dataset.images)]
+    return found | ({"SHA-256": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} if parts else {})
+
+
+def _image_part(images: ImageFiles | Tensor | None) -> Any:
+    if images is None:
+        return None
+    if isinstance(images, Tensor):
+        return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+    some = images.paths[:: max(1, len(images.paths) // 1000)]
+    return [[path.name for path in images.paths], [path.stat().st_size for path in some]]
 
 
 def load_digits_split(resolution: int | None = 8) -> tuple[Tensor, list[int]]:
@@ -313,117 +323,3 @@ def _condition_of(row: dict[str, Any], caption_column: str, num_classes: int | N
     if type(label) is not int or label < 0 or (num_classes is not None and label >= num_classes):
         raise reject(f"{where}: label", label, f"0 to {num_classes - 1}" if num_classes else "a whole number, 0 or more")
     return label
-
-
-class GlobalBatchSampler:
-    """The endless sequence of epochs, each a permutation of its own, cut into global batches.
-
-    Batches run across the ends of epochs, so that a data set may be smaller than a batch and every epoch is complete.
-    """
-
-    def __init__(self, dataset_size: int, global_batch_size: int, seed: int):
-        for name, value in (("dataset_size", dataset_size), ("global_batch_size", global_batch_size)):
-            if value < 1:
-                raise reject(name, value, "1 or more")
-        self.dataset_size, self.global_batch_size, self.seed = dataset_size, global_batch_size, seed
-        self._permutations: dict[int, list[int]] = {}  # of the epochs that the last batch met
-
-    def indices(self, step: int) -> list[int]:
-        """The samples of optimizer step `step`, in the order of their slots; steps may be asked in any order."""
-        first = step * self.global_batch_size
-        positions = range(first, first + self.global_batch_size)
-        epochs = range(first // self.dataset_size, positions[-1] // self.dataset_size + 1)
-        self._permutations = {epoch: self._permutations.get(epoch) or self._permutation(epoch) for epoch in epochs}
-        return [self._permutations[p // self.dataset_size][p % self.dataset_size] for p in positions]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        order: list[int] = torch.randperm(self.dataset_size, generator=generator).tolist()
-        return order
-
-
-def micro_batches(indices: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[list[tuple[int, int]]]:
-    """This rank's share of a global batch: `accumulation` lists of (slot, index).
-
-    Sample j of micro-batch m on rank r has slot (m * world_size + r) * b + j, b being the size of a micro-batch.
-    """
-    size = _micro_batch_size(len(indices), world_size, accumulation)
-    starts = [(m * world_size + rank) * size for m in range(accumulation)]
-    return [[(slot, indices[slot]) for slot in range(start, start + size)] for start in starts]
-
-
-def _micro_batch_size(global_batch_size: int, world_size: int, accumulation: int) -> int:
-    parts = world_size * accumulation
-    if global_batch_size % parts:
-        raise reject("global batch size", global_batch_size, f"a multiple of {world_size} processes x {accumulation} micro-batches")
-    return global_batch_size // parts
-
-
-def batches(
-    dataset: Dataset[Any],
-    sampler: GlobalBatchSampler,
-    *,
-    rank: int,
-    world_size: int,
-    accumulation: int,
-    start_step: int,
-    stop_step: int,
-    num_workers: int,
-) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step from `start_step` to before `stop_step`.
-
-    InputError: a global batch that does not divide, and whatever a sample raises as such, also from a worker process.
-    """
-    _micro_batch_size(sampler.global_batch_size, world_size, accumulation)
-    steps = range(start_step, stop_step)
-    plan = (micro for step in steps for micro in micro_batches(sampler.indices(step), rank, world_size, accumulation))
-    loader: DataLoader[Any] = DataLoader(
-        _SlottedDataset(dataset),
-        batch_sampler=plan,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        generator=torch.Generator().manual_seed(sampler.seed),  # else the loader draws from the global one
-    )
-    return _steps(loader, len(steps), accumulation)
-
-
-def _steps(loader: DataLoader[Any], steps: int, accumulation: int) -> Iterator[list[MicroBatch]]:
-    loaded = iter(loader)
-    for _ in range(steps):
-        step = [next(loaded) for _ in range(accumulation)]
-        for micro in step:
-            if isinstance(micro, InputError):
-                raise micro
-        yield step
-
-
-class _SlottedDataset(Dataset[Any]):
-    """Samples by (slot, index). An InputError is handed over: raised in a worker process, it would come with a traceback as its text."""
-
-    def __init__(self, dataset: Dataset[Any]):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Item | InputError]:
-        slot, index = key
-        try:
-            return slot, self.dataset[index]
-        except InputError as error:
-            return slot, error
-
-
-def _collate(samples: Sequence[tuple[int, Any]]) -> MicroBatch | InputError:
-    for _, item in samples:
-        if isinstance(item, InputError):
-            return item
-    return {
-        "slots": [slot for slot, _ in samples],
-        "condition": [item["condition"] for _, item in samples],
-        "image": _stacked("image", samples),
-        "noise": _stacked("noise", samples),
-        "x0": _stacked("x0", samples),
-    }
-
-
-def _stacked(key: str, samples: Sequence[tuple[int, Any]]) -> Tensor | None:
-    tensors = [item[key] for _, item in samples if key in item]
-    return torch.stack(tensors) if tensors else None

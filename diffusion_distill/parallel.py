@@ -2,16 +2,21 @@
 
 Wrappers are built around one module with one forward and one backward pass. Distillation runs several networks several
 times a turn, taps their features and stops half-way; averaging the finished gradients once a turn is exact for all of that.
+
+Before ranks exchange anything they meet, so that one that does not come is known by its number.
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import reject
+from .errors import LostRankError, reject
 
 BUCKET_ELEMENTS = 32 * 2**20
 
@@ -33,6 +38,36 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+@cache
+def _meeting_group(everyone: dist.ProcessGroup, seconds: float) -> dist.ProcessGroup:
+    """`everyone` over gloo, which knows who is missing, whatever the backend that moves tensors.
+
+    Only rank 0 sees who is missing. The others watch rank 0, and give it the time to say so.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=1.5 * seconds))
+
+
+def meet(seconds: float) -> None:
+    """Return when every rank is here; all ranks give the same `seconds`.
+
+    Raises:
+        LostRankError: on rank 0 after `seconds`, naming the ranks that did not come; on the others, once rank 0 is gone.
+    """
+    if world_size() == 1:
+        return
+    group = _meeting_group(dist.group.WORLD, seconds)
+    try:
+        dist.monitored_barrier(group, timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise LostRankError(_who_is_missing(str(error), seconds)) from error
+
+
+def _who_is_missing(reason: str, seconds: float) -> str:
+    missing = re.search(r"Ranks? ([\d, ]+) failed to pass", reason)
+    who = f"rank {missing[1].strip(' ,')}" if missing else "rank 0, or one that rank 0 waits for,"
+    return f"rank {rank()}: {who} did not come within {seconds:g} s to where the others wait: it is stuck or has ended; see its log"
 
 
 @torch.no_grad()
@@ -78,3 +113,12 @@ def average_scalars(scalars: dict[str, Tensor]) -> dict[str, float]:
     if world_size() > 1:
         dist.all_reduce(values)
     return dict(zip(scalars, (values / world_size()).tolist(), strict=True))
+
+
+def gather(values: Tensor) -> list[list[float]]:
+    """The numbers (K,) of every rank, by rank."""
+    if world_size() == 1:
+        return [values.tolist()]
+    rows = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(rows, values)
+    return [row.tolist() for row in rows]

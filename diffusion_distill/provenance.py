@@ -31,4 +31,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    """Write the file whole or not at all."""
+    hidden = path.with_name(f".writing-{path.name}")
+    hidden.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    hidden.replace(path)

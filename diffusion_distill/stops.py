@@ -45,11 +45,14 @@ class Signals:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def agreed(self, device: torch.device) -> tuple[int, bool]:
-        """(signal that ends the run or 0, whether a checkpoint is asked for) since the last call, the same on every rank."""
-        end, save = parallel.maximum((self._end, int(self._save)), device)
+    def agreed(self, device: torch.device, failed: bool = False) -> tuple[int, bool, bool]:
+        """(signal that ends the run or 0, whether a checkpoint is asked for since the last call, whether any rank `failed`).
+
+        The same on every rank.
+        """
+        end, save, broken = parallel.maximum((self._end, int(self._save), int(failed)), device)
         self._save = False
-        return end, bool(save)
+        return end, bool(save), bool(broken)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == getattr(signal, "SIGUSR1", None):

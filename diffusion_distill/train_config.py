@@ -1,5 +1,6 @@
 """Settings of the training loop. Names follow diffusers' training scripts."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,8 @@ class TrainConfig:
     """Newest checkpoints to keep. None: all."""
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a checkpoint."""
+    rank_timeout: float = 1800.0
+    """Seconds to wait for a rank that does not come; then the run ends and names it. Sampling and export happen on one rank alone."""
     logging_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     validation_steps: int = 0
@@ -80,11 +83,19 @@ class TrainConfig:
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise reject(name, getattr(self, name), f"{minimum} or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "adam_epsilon", "rank_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise reject(name, getattr(self, name), "a number above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise reject("ema_decay", self.ema_decay, "0 (none) or a decay below 1")
+        if not self.max_grad_norm > 0:  # infinite: never scaled down
+            raise reject("max_grad_norm", self.max_grad_norm, "a number above 0")
+        if not 0 <= self.adam_weight_decay < math.inf:
+            raise reject("adam_weight_decay", self.adam_weight_decay, "0 or more")
+        for name, none in (("ema_decay", "0 (none)"), ("adam_beta1", "0"), ("adam_beta2", "0")):
+            if not 0 <= getattr(self, name) < 1:
+                raise reject(name, getattr(self, name), f"{none} or a decay below 1")
+        for name in ("lora_alpha", "checkpoints_total_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise reject(name, getattr(self, name), "1 or more, or none")
 
 
 FP16_REFUSED = (

@@ -1,8 +1,6 @@
 """The one training loop. It knows turns, roles and losses, and no method."""
 
 import itertools
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,49 +10,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from . import parallel
+from .batches import GlobalBatchSampler, MicroBatch, batches
 from .build import build_networks, teacher_denoiser
-from .checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, resolve_checkpoint, save_checkpoint
-from .config import difference, to_mapping
-from .data import GlobalBatchSampler, MicroBatch, batches
+from .checkpointing import RunCheckpoints
+from .config import to_mapping
+from .data import fingerprint
 from .diagnostics import Watch
+from .divergence import all_finite, non_finite
 from .ema import EMA
 from .errors import InputError, reject
 from .families import Cond, family_of
 from .images import save_grid
 from .methods import Batch, Method
 from .optim import build_optimizer, learning_rate_factor
-from .provenance import provenance, write_json
+from .provenance import provenance
 from .random import SampleRandom, derive_seed
+from .redaction import redacted
+from .run_record import RunRecord
+from .run_state import RunState
 from .sampler import ode_sample, uniform_timesteps
 from .stops import Signals, Stopped
 from .train_config import FP16_REFUSED, TrainConfig
 
-MAY_CHANGE_ON_RESUME = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "logging_steps",
-    "validation_steps",
-    "num_validation_images",
-    "validation_prompts",
-    "report_to",
-    "tracker_project_name",
-    "push_to_hub",
-    "hub_model_id",
-    "dataloader_num_workers",
-}
 VALIDATION, TURN = 1, 2  # first keys of the random streams
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient stopped being a number; nothing was stepped with it."""
 
 
 class Trainer:
@@ -94,7 +77,8 @@ class Trainer:
             sampler.validate(teacher.schedule, teacher.prediction_type)
         self.resolution, self.sample_shape = resolution, self.family.sample_shape(pipe, resolution)
         self.uncond = self.family.unconditional(pipe, 1, resolution)
-        self.settings = to_mapping(method, config) | (settings or {})
+        self.settings, self.fingerprint = redacted(to_mapping(method, config) | (settings or {})), fingerprint(dataset)
+        self.record = RunRecord(self.output_dir, self.accelerator, config)
         self._claim_output_dir()
         self.nets = build_networks(pipe, method, config, resolution)
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
@@ -106,10 +90,10 @@ class Trainer:
         self.lr_factor = learning_rate_factor(config)
         averaged = method.student_roles if config.ema_decay else ()
         self.emas = {role: EMA(self.nets.parameters(role), config.ema_decay) for role in averaged}
+        self.checkpoints = self._checkpoints()
         self.step = 0
-        self.watch = Watch()
-        if config.resume_from_checkpoint:
-            self.load(resolve_checkpoint(self.output_dir, config.resume_from_checkpoint))
+        if path := self.checkpoints.to_continue(begun=self.record.begun):
+            self.load(path)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -119,22 +103,28 @@ class Trainer:
     def global_batch_size(self) -> int:
         return self.config.train_batch_size * self.config.gradient_accumulation_steps * parallel.world_size()
 
+    @property
+    def watch(self) -> Watch:
+        return self.record.watch
+
     def train(self) -> None:
         """Run to `max_train_steps`, then write the last checkpoint and sample grid."""
-        config, data = self.config, self._data()
+        data = self._data()
         ready = [self._prepare(raw) for raw in itertools.islice(data, 1)]  # data that cannot be used stops the run before it begins
         self._conditions(self.validation_conditions())
-        self.accelerator.wait_for_everyone()  # a slower process must not find run.json and take it for another run's
-        if self.accelerator.is_main_process:
-            self._start_log()
-        if config.report_to:
-            self.accelerator.init_trackers(config.tracker_project_name, {k: str(v) for k, v in self.settings.items()})
+        parallel.meet(self.config.rank_timeout)  # a slower process must not find run.json and take it for another run's
+        self.record.start(self._description(), self.step)
+        with self.checkpoints.finished(), Signals().caught() as signals:
+            self._loop(itertools.chain(ready, map(self._prepare, data)), signals)
+        self.record.finish()
+
+    def _loop(self, steps: Iterator[list[Batch]], signals: Signals) -> None:
+        config = self.config
         logs: dict[str, Tensor] = {}
         started, first = time.perf_counter(), self.step
         hidden = not self.accelerator.is_local_main_process
-        bar = tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=hidden)
-        with bar as progress, Signals().caught() as signals:
-            for micro_batches in itertools.chain(ready, map(self._prepare, data)):
+        with tqdm(total=config.max_train_steps, initial=self.step, desc="train", disable=hidden) as progress:
+            for micro_batches in steps:
                 logs |= self.train_step(micro_batches)
                 progress.update()
                 if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
@@ -143,33 +133,37 @@ class Trainer:
                     logs = {}
                 if self._due(config.validation_steps):
                     self.save_samples()
-                end, asked = signals.agreed(self.device)
-                if self._due(config.checkpointing_steps) or end or asked:
+                parallel.meet(config.rank_timeout)
+                end, asked, failed = signals.agreed(self.device, self.checkpoints.failed)
+                if end or failed or self.step == config.max_train_steps:
                     self.save()
+                elif asked or self._due(config.checkpointing_steps):
+                    self.checkpoints.start_save(self.step)
                 if end and self.step < config.max_train_steps:
                     stopped = Stopped(end, self.step)
                     if self.accelerator.is_main_process:
                         progress.write(str(stopped), file=sys.stderr)
                     raise stopped
-        if config.report_to:
-            self.accelerator.end_training()
 
     def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches of this rank: every turn of the method in order."""
         logs: dict[str, Tensor] = {}
         for turn, (roles, loss_fn) in enumerate(self.method.updates(self.step)):
+            losses = []
             with self.nets.only_trains(roles):
                 for batch in micro_batches:
                     batch.random = SampleRandom((self.config.seed, TURN, self.step, turn), batch.random.slots, self.device)
                     torch.manual_seed(derive_seed(self.config.seed, TURN, self.step, turn, batch.random.slots[0]))  # dropout
                     loss, extra = loss_fn(self.nets, batch)
                     (loss / len(micro_batches)).backward()
+                    losses.append(loss.detach())
                     for name, value in {"loss": loss.detach(), **extra}.items():
                         key = f"{roles[0]}/{name}"
                         logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
+            parallel.meet(self.config.rank_timeout)
             norms = {role: self._clip(role) for role in roles}
-            if not all(torch.isfinite(norm) for norm in norms.values()):
-                raise self._non_finite(norms, logs, micro_batches)
+            if not all_finite(losses, norms):
+                raise non_finite(self.output_dir, self.step, roles, norms, logs, micro_batches)
             for role in roles:
                 self._optimize(role)
             logs |= {f"{role}/grad_norm": norm for role, norm in norms.items()}
@@ -190,21 +184,6 @@ class Trainer:
         parallel.average_gradients(parameters)
         return torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
 
-    def _non_finite(self, norms: dict[str, Tensor], logs: dict[str, Tensor], micro_batches: Sequence[Batch]) -> NonFiniteError:
-        """Every rank sees the averaged gradient and comes here; what it had in hand is kept in a file of its own."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / f"nonfinite-step-{self.step}-rank-{parallel.rank()}.safetensors"
-        tensors = {f"{i}/{name}": value for i, batch in enumerate(micro_batches) for name, value in batch.tensors().items()}
-        values = {name: str(value.item()) for name, value in logs.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=values)
-        role = next(role for role, norm in norms.items() if not torch.isfinite(norm))
-        terms = [name for name, value in values.items() if not math.isfinite(float(value))]
-        return NonFiniteError(
-            f"step {self.step}: the gradient of {role!r} is {norms[role].item()} ({'terms that are no number here: ' if terms else ''}"
-            f"{', '.join(terms) or 'every logged term is finite here'}); nothing was stepped, the last checkpoint is sound, the batch "
-            f"is kept in {path}. Lower the learning rate, or raise the precision."
-        )
-
     def _optimize(self, role: str) -> None:
         optimizer = self.optimizers[role]
         optimizer.param_groups[0]["lr"] = self._base_rate(role) * self.lr_factor(self.step)
@@ -215,12 +194,7 @@ class Trainer:
     def _update_followers(self) -> None:
         student: list[Tensor] = list(self.nets.parameters("student").values())
         for role, decay in self.method.followers.items():
-            torch._foreach_lerp_(list(self._follower(role).values()), student, 1 - decay)
-
-    def _follower(self, role: str) -> dict[str, Tensor]:
-        """What moves in a follower: the parameters that train in the student."""
-        own = dict(getattr(self.nets, role).named_parameters())
-        return {name: own[name].detach() for name in self.nets.parameters("student")}
+            torch._foreach_lerp_(list(self.checkpoints.state.follower(role).values()), student, 1 - decay)
 
     def _base_rate(self, role: str) -> float:
         return self.method.learning_rate(role) or self.config.learning_rate
@@ -325,30 +299,16 @@ class Trainer:
         values = parallel.average_scalars(logs)
         values |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in self.optimizers.items()}
         values["steps_per_second"] = rate
-        if self.accelerator.is_main_process:
-            found = self.watch.observe(self.step, values)
-            for warning in found:
-                tqdm.write(f"warning: {warning}", file=sys.stderr)
-            with (self.output_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step} | values | ({"warnings": found} if found else {})) + "\n")
-        if self.config.report_to:
-            self.accelerator.log(values, step=self.step)
+        self.record.add(self.step, values)
         return {name: f"{values[name]:.3g}" for name in values if name.endswith("/loss")}
 
-    def _start_log(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+    def _description(self) -> dict[str, Any]:
         run = {"method": type(self.method).__name__, "settings": self.settings, "world_size": parallel.world_size()}
-        run |= {"samplers": [sampler.as_dict() for sampler in self.samplers], "device": str(self.device), **provenance()}
-        write_json(self.output_dir / "run.json", run)
-        path = self.output_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        path.write_text("".join(line + "\n" for line in kept))
-        for line in map(json.loads, kept):  # the watch resumes too
-            self.watch.observe(line["step"], {name: value for name, value in line.items() if "/" in name})
+        run |= {"dataset": self.fingerprint, "samplers": [sampler.as_dict() for sampler in self.samplers]}
+        return run | {"device": str(self.device), **provenance()}
 
     def _claim_output_dir(self) -> None:
-        if not self.config.resume_from_checkpoint and (self.output_dir / "run.json").exists():
+        if not self.config.resume_from_checkpoint and self.record.begun:
             raise reject(
                 "output_dir",
                 str(self.output_dir),
@@ -358,50 +318,27 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write checkpoint-N: weights, optimizers, moving average and position. No random state: it derives from the step."""
-        if self.accelerator.is_main_process:
-            tensors: dict[str, dict[str, Tensor]] = {}
-            scalars = {}
-            for role in self.trained:
-                parameters = self.nets.parameters(role)
-                tensors[role] = {name: p.detach() for name, p in parameters.items()}
-                tensors[f"{role}.optimizer"], scalars[role] = optimizer_tensors(self.optimizers[role], list(parameters))
-            tensors |= {f"{role}.ema": ema.average for role, ema in self.emas.items()}
-            tensors |= {role: self._follower(role) for role in self.method.followers}
-            updates = {role: ema.updates for role, ema in self.emas.items()}
-            state = {"step": self.step, "optimizers": scalars, "ema_updates": updates}
-            state |= {"settings": self.settings, "method": type(self.method).__name__, "world_size": parallel.world_size()}
-            save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        """Write checkpoint-N and return when it is on disk.
 
-    @torch.no_grad()
+        Raises:
+            CheckpointError: on every rank, when this or the write before failed. NonFiniteError: for weights that are no numbers.
+        """
+        self.checkpoints.save(self.step)
+
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of this run.
 
         Raises:
-            InputError: for a damaged checkpoint, or one whose settings differ in anything that changes the result.
+            InputError: for a damaged checkpoint, or one whose settings, data or number of processes differ in anything that changes
+                the result.
         """
-        tensors, state = load_checkpoint(path, self.device)
-        may_change = MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
-        stored, now = state["settings"] | {"method": state["method"]}, self.settings | {"method": type(self.method).__name__}
-        changed = [line for line in difference(stored, now) if line.split(":")[0] not in may_change]
-        if state["world_size"] != parallel.world_size():
-            changed.append(f"number of processes: stored {state['world_size']}, now {parallel.world_size()}")
-        if changed:
-            raise InputError(f"resume_from_checkpoint: {path} belongs to a run with other settings ({'; '.join(changed)})")
-        for role in self.trained:
-            parameters = self.nets.parameters(role)
-            for name, p in parameters.items():
-                p.copy_(tensors[role][name])
-            load_optimizer_tensors(self.optimizers[role], list(parameters), tensors[f"{role}.optimizer"], state["optimizers"][role])
-        for role, ema in self.emas.items():
-            ema.updates = state["ema_updates"][role]
-            for name, average in ema.average.items():
-                average.copy_(tensors[f"{role}.ema"][name])
-        for role in self.method.followers:
-            for name, value in self._follower(role).items():
-                value.copy_(tensors[role][name])
-        self.step = state["step"]
+        self.step = self.checkpoints.load(path)
+
+    def _checkpoints(self) -> RunCheckpoints:
+        state = RunState(self.nets, self.optimizers, self.emas, self.method.followers)
+        identity = {"settings": self.settings, "method": type(self.method).__name__}
+        identity |= {"world_size": parallel.world_size(), "dataset": self.fingerprint}
+        return RunCheckpoints(self.output_dir, state, identity, self.config, self.device)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_distill.data import ConditionDataset, DataConfig, GlobalBatchSampler, batches, build_dataset, load_image, micro_batches
+from diffusion_distill.batches import GlobalBatchSampler, batches, micro_batches
+from diffusion_distill.data import ConditionDataset, DataConfig, build_dataset, load_image
 from diffusion_distill.errors import InputError
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "diffusion_distill"
 
 # A module imports from the lines above its own, and a folder (families, methods) from itself too.
 LAYERS = (
-    ("errors",),
+    ("errors", "redaction"),
     ("pairs", "random"),
     ("schedule",),
     ("prediction",),
@@ -26,8 +26,9 @@ LAYERS = (
     ("consistency", "discriminators", "score_distillation", "solver_grid"),
     ("methods",),
     ("checkpoint", "config", "data", "ema", "images", "parallel", "provenance", "train_config"),
-    ("build", "diagnostics", "optim", "stops"),
-    ("pair_writer",),
+    ("background", "batches", "build", "diagnostics", "divergence", "optim", "stops"),
+    ("pair_writer", "run_record", "run_state"),
+    ("checkpointing",),
     ("model_card", "student_scheduler"),
     ("export", "export_child"),
     ("trainer",),

@@ -21,7 +21,8 @@ from tiny_pipelines import class_conditional, example_conditions, stable_diffusi
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusion_distill.data import DataConfig, GlobalBatchSampler, batches, build_dataset
+from diffusion_distill.batches import GlobalBatchSampler, batches
+from diffusion_distill.data import DataConfig, build_dataset
 from diffusion_distill.errors import InputError
 from diffusion_distill.pair_writer import PairConfig, write_pairs
 from diffusion_distill.pairs import PairDataset

@@ -76,7 +76,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert signals.agreed(torch.device("cpu")) == (signal.SIGINT, False)
+        assert signals.agreed(torch.device("cpu")) == (signal.SIGINT, False, False)
 
 
 def test_handlers_come_back_and_other_threads_catch_nothing() -> None:
@@ -93,7 +93,7 @@ def test_handlers_come_back_and_other_threads_catch_nothing() -> None:
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert entered == [(0, False)]
+    assert entered == [(0, False, False)]
 
 
 @pytest.mark.parametrize("role", ["teacher", "student", "fake_score"])
@@ -101,7 +101,7 @@ def test_the_offending_batch_is_kept(tmp_path: Path, role: str) -> None:
     run = trainer(tmp_path, logging_steps=1)
     with torch.no_grad():
         next(getattr(run.nets, role).parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"step 0: .* is nan \(terms that are no number here: student/"):
+    with pytest.raises(NonFiniteError, match=r"step 0: .* is nan \(terms that are no number: student/"):
         run.train()
     with safe_open(tmp_path / "nonfinite-step-0-rank-0.safetensors", "pt") as kept:
         assert "0/cond.class_labels" in kept.keys() and kept.get_tensor("0/cond.class_labels").shape == (8,)  # noqa: SIM118

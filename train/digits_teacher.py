@@ -17,8 +17,9 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from tqdm.auto import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
+from diffusion_distill.batches import GlobalBatchSampler
 from diffusion_distill.config import parse, run_cli
-from diffusion_distill.data import DataConfig, GlobalBatchSampler, build_dataset
+from diffusion_distill.data import DataConfig, build_dataset
 from diffusion_distill.denoiser import Denoiser
 from diffusion_distill.ema import EMA
 from diffusion_distill.families import family_of

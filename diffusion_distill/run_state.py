@@ -1,0 +1,69 @@
+"""What training moves in a run, as a checkpoint holds it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import TensorGroups, load_optimizer_tensors, optimizer_tensors
+from .ema import EMA
+from .errors import NonFiniteError
+from .networks import Networks
+
+
+@dataclass
+class RunState:
+    """Weights, optimizers, moving averages and followers. No random state: it derives from the step."""
+
+    nets: Networks
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    emas: Mapping[str, EMA]
+    followers: Mapping[str, float]
+
+    def follower(self, role: str) -> dict[str, Tensor]:
+        """What moves in a follower: the parameters that train in the student."""
+        own = dict(getattr(self.nets, role).named_parameters())
+        return {name: own[name].detach() for name in self.nets.parameters("student")}
+
+    def collect(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by group (not copies), and a JSON part."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        scalars = {}
+        for role, optimizer in self.optimizers.items():
+            parameters = self.nets.parameters(role)
+            tensors[role] = {name: p.detach() for name, p in parameters.items()}
+            tensors[f"{role}.optimizer"], scalars[role] = optimizer_tensors(optimizer, list(parameters))
+        tensors |= {f"{role}.ema": ema.average for role, ema in self.emas.items()}
+        tensors |= {role: self.follower(role) for role in self.followers}
+        return tensors, {"optimizers": scalars, "ema_updates": {role: ema.updates for role, ema in self.emas.items()}}
+
+    @torch.no_grad()
+    def restore(self, tensors: TensorGroups, state: Mapping[str, Any]) -> None:
+        """Undo `collect`."""
+        for role, optimizer in self.optimizers.items():
+            parameters = self.nets.parameters(role)
+            for name, p in parameters.items():
+                p.copy_(tensors[role][name])
+            load_optimizer_tensors(optimizer, list(parameters), tensors[f"{role}.optimizer"], state["optimizers"][role])
+        for role, ema in self.emas.items():
+            ema.updates = state["ema_updates"][role]
+            for name, average in ema.average.items():
+                average.copy_(tensors[f"{role}.ema"][name])
+        for role in self.followers:
+            for name, value in self.follower(role).items():
+                value.copy_(tensors[role][name])
+
+
+def check_finite(tensors: TensorGroups, step: int) -> None:
+    """Raise NonFiniteError, naming group and tensor, for a value that is no number: such a checkpoint is of no use."""
+    for group, named in tensors.items():
+        floating = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
+        largest = torch._foreach_norm(list(floating.values()), torch.inf) if floating else ()
+        for name, norm in zip(floating, largest, strict=True):
+            if not norm.isfinite():
+                raise NonFiniteError(
+                    f"step {step}: {name!r} of {group!r} is no longer finite; checkpoint-{step} is not written, the one before is sound. "
+                    "Lower the learning rate, or raise the precision."
+                )
