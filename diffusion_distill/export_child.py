@@ -4,6 +4,7 @@ A script, started by `export.verify_export` as `python -I export_child.py reques
 trust_remote_code, components (names of the denoising networks), condition (keyword arguments), seed, device, threads, output (folder).
 """
 
+import copy
 import functools
 import importlib.abc
 import inspect
@@ -74,7 +75,8 @@ def main(request: dict[str, Any]) -> None:
     for i, sampler in enumerate(json.loads(Path(folder, "distillation.json").read_text())["samplers"]):
         calls.clear()
         torch.manual_seed(request["seed"])
-        images = pipe(**request["condition"], **sampler["call"], output_type="pt").images
+        condition = copy.deepcopy(request["condition"])  # Z-Image's pipeline writes into the list of prompts
+        images = pipe(**condition, **sampler["call"], output_type="pt").images
         np.save(output / f"images_{i}.npy", images.float().cpu().numpy())
         np.save(output / f"x0_{i}.npy", last["x0"].float().cpu().numpy())
         all_calls.append(list(calls))

@@ -4,15 +4,27 @@ from ..errors import reject
 from .base import Cond, Family
 from .flux import Flux
 from .pixart import PixArt
+from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 from .unet2d import ClassConditionalUNet2D
+from .z_image import ZImage
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (ClassConditionalUNet2D(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt(), Sana())
+    for family in (
+        ClassConditionalUNet2D(),
+        StableDiffusion(),
+        StableDiffusionXL(),
+        StableDiffusion3(),
+        Flux(),
+        QwenImage(),
+        ZImage(),
+        PixArt(),
+        Sana(),
+    )
     for name in family.pipelines
 }
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import reject
@@ -43,3 +45,13 @@ def mean_of_tokens(embeds: Tensor, mask: Tensor) -> Tensor:
     """Mean (B, D) in float32 of token embeddings (B, N, D) where `mask` (B, N) is not zero."""
     kept = mask.ne(0).unsqueeze(2)
     return (embeds.float() * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def padded_tokens(prompts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
+    """Embeddings of prompts, each (n, D) with its own n, as {"prompt_embeds": (B, length, D), "prompt_mask": (B, length)}.
+
+    Conditions of one shape can be cut and joined, whatever prompts they are of.
+    """
+    embeds = torch.stack([F.pad(tokens, (0, 0, 0, length - len(tokens))) for tokens in prompts])
+    mask = torch.stack([torch.arange(length, device=tokens.device) < len(tokens) for tokens in prompts])
+    return {"prompt_embeds": embeds, "prompt_mask": mask}

@@ -7,7 +7,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from .flow_transformers import flux
+from .flow_transformers import flux, qwen_image, z_image
 from .latent_transformers import pixart_alpha, pixart_sigma, sana
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
@@ -21,6 +21,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sana": sana,
     "flux": flux,
     "flux_schnell": partial(flux, guidance=False),
+    "qwen_image": qwen_image,
+    "z_image": z_image,
     "class_conditional_flow": class_conditional,
     "class_conditional_v": partial(class_conditional, "v_prediction"),
     "class_conditional_epsilon": partial(class_conditional, "epsilon"),
