@@ -1,13 +1,19 @@
 """Generation, evaluation and comparison of real (tiny, untrained) pipelines, as users run them."""
 
+import base64
+import io
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler
@@ -24,7 +30,6 @@ from data_floor import main as floor
 from evaluate import EvaluateConfig, evaluate, fingerprint
 from generate import balanced_labels, generate, image_seed, load_pipeline
 from metrics import NotFiniteError
-from pictures import save_grid
 from tiny_pipelines import class_conditional, stable_diffusion
 from train_digits_classifier import Recipe
 from train_digits_classifier import main as train_classifier
@@ -192,9 +197,16 @@ def break_network(folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def table_rows(report: str) -> list[list[str]]:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line.startswith("| ")]
-    return rows[2:]
+def table_rows(report: str, before: str) -> list[list[str]]:
+    """The cells of the last table that stands before a heading."""
+    tables = re.findall(r"(?:^\|.*\n)+", report[: report.index(f"\n{before}")] + "\n", re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[-1].splitlines()[2:]]
+
+
+def grid_images(page: str, model: str) -> list[tuple[str, Image.Image]]:
+    """Title and image of each cell of a model's row in the HTML grid, in their order."""
+    cells = re.findall(rf'<img src="data:image/png;base64,([^"]+)" alt="{model}: [^"]*" title="([^"]+)"', page)
+    return [(title, Image.open(io.BytesIO(base64.b64decode(content))).convert("L")) for content, title in cells]
 
 
 def test_comparison(teacher: Path, student: Path, tmp_path: Path) -> None:
@@ -208,19 +220,31 @@ def test_comparison(teacher: Path, student: Path, tmp_path: Path) -> None:
         teacher=teacher, students=(student, diverged), output_dir=folder, teacher_num_inference_steps=(1, 8, 9), **(FAST | {"samples": 60})
     )
     report = compare(config).read_text()
-    rows = table_rows(report)
-    assert [row[:3] for row in rows] == [["teacher", "1", "1"], ["teacher", "8", "8"], ["teacher", "9", "9"], ["student", "2", "2"]]
-    assert min(float(rows[1][4]), float(rows[2][4])) == 1
+    (summary,), rows = table_rows(report, "## Quality"), table_rows(report, "### What")
+    assert [row[:2] for row in rows] == [["teacher", "1"], ["teacher", "8"], ["teacher", "9"], ["student", "2"]]
     files = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (teacher, student)}
     means = {r["num_inference_steps"]: r["metrics"]["frechet_distance"]["mean"] for r in files[teacher]["results"]}
-    reference = min(means[8], means[9])
     own = files[student]["results"][0]["metrics"]["frechet_distance"]
-    assert rows[3][3] == f"{own['mean']:.3f} ± {own['std']:.3f}" and rows[3][4] == f"{own['mean'] / reference:.2f}"
-    assert "diverged was not evaluated: images: 60 of 60 hold NaN" in report
+    assert rows[3][2].startswith(f"{own['mean']:.3f} ± {own['std']:.3f}, ")
+    assert summary[:3] == [
+        "student, 2 steps",
+        f"{own['mean']:.3f} ± {own['std']:.3f} (60 × 2)",
+        f"{own['mean'] / min(means[8], means[9]):.2f} ×",
+    ]
+    assert [row[2].endswith(", reference") for row in rows] == [False, means[8] < means[9], means[8] > means[9], False]
+    page = (folder / "report.html").read_text()
+    assert all("diverged was not evaluated: images: 60 of 60 hold NaN" in text for text in (report, page))
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    assert pictures == ["quality_vs_steps.png", *(f"samples_{m}_steps.png" for m in ("student_2", "teacher_1", "teacher_8", "teacher_9"))]
+    drawn = [f"samples_{m}_steps.png" for m in ("student_2", "teacher_1", "teacher_8", "teacher_9")]
+    assert pictures == ["quality_vs_latency.png", "quality_vs_steps.png", "samples.png", *drawn]
     assert all(f"]({name})" in report for name in pictures)
     assert "python eval/evaluate.py" in report and "--teacher_num_inference_steps 1 8 9" in report
+    for folder, steps, name in ((teacher, 1, "teacher, 1 step"), (teacher, 9, "teacher, 9 steps"), (student, None, "student, 2 steps")):
+        expected = generate(load_pipeline(folder, True, "cpu"), balanced_labels(10, 10), 0, 10, steps).images
+        cells = grid_images(page, name)
+        assert [title for title, _ in cells] == [f"{i}, seed {image_seed(0, i)}" for i in range(10)]
+        for (_, cell), image in zip(cells, expected, strict=True):
+            assert torch.allclose(torch.from_numpy(np.array(cell)) / 255, image[0], atol=0.51 / 255 + 1e-5)
 
 
 def test_comparison_reads_what_stands(teacher: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,29 +258,40 @@ def test_comparison_reads_what_stands(teacher: Path, student: Path, tmp_path: Pa
     calls = count_calls(monkeypatch)
     report = compare(replace(config, overwrite=False)).read_text()
     assert calls == []
-    assert [row[0] for row in table_rows(report)][1:] == [f"{tmp_path.name}/student", "again/student"]
+    assert [row[0] for row in table_rows(report, "### What")][1:] == [f"{tmp_path.name}/student", "again/student"]
     with pytest.raises(InputError, match="teacher_num_inference_steps: .*at least one of 8 or more"):
         compare(replace(config, teacher_num_inference_steps=(1, 4)))
     with pytest.raises(InputError, match="students: .*different folders, none of them the teacher's"):
         compare(replace(config, students=(teacher,)))
 
 
-def test_reference_is_the_best_of_eight_steps_or_more() -> None:
-    def row(steps: int, distance: float) -> comparison.Row:
-        return comparison.Row("t", Path("t"), {"num_inference_steps": steps, "metrics": {"frechet_distance": {"mean": distance}}}, None)
+def test_a_killed_comparison_goes_on_where_it_stopped(
+    teacher: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own" / "teacher"  # without the evaluations of the other tests
+    shutil.copytree(teacher, own, ignore=shutil.ignore_patterns("evaluation*"))
+    settings = FAST | {"samples": 20, "noise_seeds": (0, 1, 2)}
+    config = CompareConfig(teacher=own, students=(student,), output_dir=tmp_path / "c", teacher_num_inference_steps=(1, 9), **settings)
+    arguments = [own, student, "--output_dir", config.output_dir, "--teacher_num_inference_steps", 1, 9, "--samples", 20]
+    arguments += ["--noise_seeds", 0, 1, 2, "--device", "cpu", "--trust_remote_code"]
+    command = [sys.executable, str(EVAL / "compare.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (own / "evaluation.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (config.output_dir / "report.md").exists()
+    stood = json.loads((own / "evaluation.json").read_text())["results"]
+    before = {(r["num_inference_steps"], seed): v for r in stood for seed, v in r["metrics"]["frechet_distance"]["per_seed"].items()}
+    assert 1 <= len(before) < 6
 
-    assert comparison.reference_distance([row(4, 0.5), row(8, 1.2), row(16, 1.1), row(50, 1.3)]) == 1.1
-
-
-def test_grid_shows_each_image_enlarged_in_its_column(tmp_path: Path) -> None:
-    images = torch.zeros(4, 1, 8, 8)
-    images[1, 0, 0, 0], images[2] = 1, 0.5  # second column's top-left pixel, first column of the second row
-    save_grid(images, ["a", "b"], tmp_path / "grid.png")
-    grid = Image.open(tmp_path / "grid.png").convert("L")
-    assert grid.size == (4 + 2 * 52, 20 + 2 * 52)
-    assert grid.getpixel((56, 20)) == 255 and grid.getpixel((61, 25)) == 255 and grid.getpixel((62, 20)) == 0
-    assert grid.getpixel((30, 90)) == 128
-    assert len(grid.crop((0, 0, 108, 20)).getcolors()) > 2  # the titles
+    calls = count_calls(monkeypatch)
+    report = compare(config).read_text()
+    expected = [(steps, seed) for steps in (1, 9) for seed in (0, 1, 2) if (steps, str(seed)) not in before]
+    assert calls == expected + [(None, 0), (None, 1), (None, 2)]
+    again = tmp_path / "other" / "teacher"
+    shutil.copytree(own, again, ignore=shutil.ignore_patterns("evaluation*"))
+    whole = compare(replace(config, teacher=again, output_dir=tmp_path / "w")).read_text()
+    assert [row[2:8] for row in table_rows(report, "### What")] == [row[2:8] for row in table_rows(whole, "### What")]
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: type, main: Any, *arguments: object) -> str:
@@ -275,7 +310,7 @@ def test_scripts_answer_mistakes_with_one_line_and_code_2(
     assert missing == f"error: folder: got '{tmp_path}'; a diffusers pipeline folder with a model_index.json is needed\n"
     recipe = answer(monkeypatch, capsys, Recipe, train_classifier, "--epochs", 0)
     assert recipe == "error: epochs: got 0; at least 1\n"
-    assert "teacher" in answer(monkeypatch, capsys, CompareConfig, comparison.main, "--techer", teacher)
+    assert "--output_dir" in answer(monkeypatch, capsys, CompareConfig, comparison.main, teacher, "--output_dri", tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert answer(monkeypatch, capsys, FloorConfig, floor) == "error: num_processes: got 2; this script runs in one process\n"
 

@@ -132,7 +132,7 @@ def main() -> None:
         print(f"{student}: plain diffusers visits {proof['timesteps']}, largest image difference {proof['max_difference']:.1e}")
 
     print("\n3/3  Evaluate teacher and students on the same noise.")
-    compare = ["eval/compare.py", "--teacher", str(teacher), "--students", *map(str, students), "--output_dir", str(folder)]
+    compare = ["eval/compare.py", str(teacher), *map(str, students), "--output_dir", str(folder)]
     compare += ["--teacher_num_inference_steps", "1", "4", "8", "--samples", str(config.samples), "--trust_remote_code"]
     foreground([*compare, "--noise_seeds", *map(str, config.noise_seeds)])
 
@@ -140,7 +140,7 @@ def main() -> None:
         report.write("\n## The whole demo, command by command\n\n```\n" + "\n".join(COMMANDS) + "\n```\n")
 
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
-    print(f"Look at  {folder}/report.md (table and pictures), {folder}/quality_vs_steps.png, {folder}/dmd2-1step/samples/")
+    print(f"Look at  {folder}/report.html (or report.md), {folder}/dmd2-1step/samples/")
     print(f"Load     what {students[0]}/README.md says, in plain diffusers")
     print("Next     add the GAN term, then take a pipeline of your own:")
     print("         python train/dmd2.py --config train/recipes/digits_dmd2_gan.yaml --num_inference_steps 1 --trust_remote_code \\")
