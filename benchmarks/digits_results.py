@@ -52,19 +52,36 @@ def phased(steps: str, flags: str = "") -> Row:
     return Row((train("phased_dmd", "digits_phased_dmd", f"--steps_per_phase {steps} {flags}"),))
 
 
-def pairs(folder: str, flags: str) -> str:
-    """The command that draws the teacher's pairs, once for all runs."""
-    source = "--pretrained_model_name_or_path {teacher} --trust_remote_code --dataset digits"
-    return f"train/make_pairs.py {source} {flags} --batch_size 250 --output_dir {{shared}}/{folder}"
+def pairs(folder: str, flags: str, teacher: str = "{teacher}") -> str:
+    """The command that draws the pairs of `teacher`; in {shared}, once for all runs."""
+    source = f"--pretrained_model_name_or_path {teacher} --trust_remote_code --dataset digits"
+    return f"train/make_pairs.py {source} {flags} --batch_size 250 --output_dir {folder}"
 
 
-PAIRS = "--pairs_dir {shared}/pairs-25-steps"
-REFLOW = Row(
+def reflow(folder: str, drawn: str, flags: str = "", teacher: str = "{teacher}") -> str:
+    return train("reflow", "digits_reflow", f"--pairs_dir {drawn} {flags}", teacher=teacher, folder=folder)
+
+
+def distilled(teacher: str, drawn: str, flags: str = "") -> str:
+    return train("reflow_distillation", "digits_reflow_distillation", f"--pairs_dir {drawn} {flags}", teacher=teacher)
+
+
+DRAWN = "{shared}/pairs-16-steps"
+DRAW = pairs(DRAWN, "--num_pairs 10000 --num_inference_steps 16")
+REFLOW = Row((DRAW, reflow("{run}/reflow", DRAWN), distilled("{run}/reflow/student", DRAWN)), (1, 2, 4))
+REFLOW_TWICE = Row(
     (
-        pairs("pairs-16-steps", "--num_pairs 10000 --num_inference_steps 16"),
-        train("reflow", "digits_reflow", "--pairs_dir {shared}/pairs-16-steps", folder="{run}/reflow"),
-        train("reflow_distillation", "digits_reflow_distillation", "--pairs_dir {shared}/pairs-16-steps", teacher="{run}/reflow/student"),
+        DRAW,
+        reflow("{run}/reflow", DRAWN),
+        pairs("{run}/pairs", "--num_pairs 10000 --num_inference_steps 16", "{run}/reflow/student"),
+        reflow("{run}/reflow-2", "{run}/pairs", teacher="{run}/reflow/student"),
+        distilled("{run}/reflow-2/student", "{run}/pairs"),
     ),
+    (1, 2, 4),
+)
+SMALLER = '--student_config {{"block_out_channels":[16,32]}} --annealing cosine --annealing_steps 600 --learning_rate 2e-3'
+SLIMFLOW = Row(
+    (DRAW, reflow("{run}/reflow", DRAWN, SMALLER), distilled("{run}/reflow/student", DRAWN, "--two_step_weight 0.5")),
     (1, 2, 4),
 )
 FINAL = {
@@ -74,12 +91,18 @@ FINAL = {
     "DMD2, 1 step, GAN on real images": dmd2("--num_inference_steps 1", "digits_dmd2_gan"),
     "DMD2, 2 steps, GAN on real images": dmd2("--num_inference_steps 2", "digits_dmd2_gan"),
     "DMD2, 4 steps, GAN on real images": dmd2("--num_inference_steps 4", "digits_dmd2_gan"),
-    "DMD, 1 step": Row((pairs("pairs-25-steps", "--num_pairs 5000 --num_inference_steps 25"), train("dmd", "digits_dmd", PAIRS))),
+    "DMD, 1 step": Row(
+        (
+            pairs("{shared}/pairs-25-steps", "--num_pairs 5000 --num_inference_steps 25"),
+            train("dmd", "digits_dmd", "--pairs_dir {shared}/pairs-25-steps"),
+        )
+    ),
     "phased DMD, 2 steps": phased("1 1"),
     "phased DMD, 4 steps": phased("2 2"),
     "VSD, 1 step": Row((train("vsd", "digits_vsd"),)),
     "adversarial self-distillation": Row((train("adversarial_self_distillation", "digits_adversarial_self_distillation"),), (1, 2, 4)),
     "LCM": Row((train("lcm", "digits_lcm"),), (1, 2, 4)),
+    "LCM-LoRA": Row((train("lcm", "digits_lcm", "--lora_rank 32 --lora_alpha 32"),), (1, 2, 4)),
     "TCD": Row((train("tcd", "digits_tcd"),), (1, 2, 4)),
     "PCM, 1 phase": Row((train("pcm", "digits_pcm", "--phases 1"),)),
     "PCM, 2 phases": Row((train("pcm", "digits_pcm", "--phases 2"),)),
@@ -87,6 +110,8 @@ FINAL = {
     "sCM": Row((train("scm", "digits_scm"),), (1, 2, 4)),
     "consistency training (ECT)": Row((train("consistency", "digits_consistency"),), (1, 2, 4)),
     "reflow, then distilled": REFLOW,
+    "reflow twice, then distilled": REFLOW_TWICE,
+    "SlimFlow, 45 % of the weights": SLIMFLOW,
 }
 COSINE = "--lr_scheduler cosine"  # what the recipe had when these were run
 SHORT = dmd2(f"--num_inference_steps 1 --max_train_steps 1000 {COSINE}")
