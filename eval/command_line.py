@@ -1,9 +1,10 @@
 """How every script of this folder takes its arguments and reports what the user can fix."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -19,12 +20,16 @@ def reject(field: str, value: object, accepted: str) -> InputError:
     return InputError(f"{field}: got {value!r}; {accepted}")
 
 
-def run(config: type[Config], main: Callable[[Config], object]) -> None:
-    """Parse the command line into `config` and call `main`; an `InputError` becomes one line and exit code 2."""
+def run(config: type[Config], main: Callable[[Config], object], processes: Literal["one", "many"] = "one") -> None:
+    """Parse the command line into `config` and call `main`; an `InputError` becomes one line and exit code 2.
+
+    A script of one process refuses to be started as several.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes != 1:
-            raise reject("num_processes", processes, "this script runs in one process")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes == "one" and started != 1:
+            raise reject("num_processes", started, "this script runs in one process")
         main(tyro.cli(config, use_underscores=True))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,29 +1,40 @@
-"""Judge one exported pipeline folder and write evaluation.json.
+"""Judge one pipeline folder by several metrics at once and write evaluation.json.
 
-    python eval/evaluate.py STUDENT --trust_remote_code
+    python eval/evaluate.py STUDENT --trust_remote_code                                             # the digits test-bed
     python eval/evaluate.py TEACHER --num_inference_steps 8 16 50 --trust_remote_code
+    accelerate launch eval/evaluate.py FOLDER --metrics fid clip_score --reference REFERENCE --prompts_file prompts.txt --samples 30000
 
 5,000 samples for each of 5 noise seeds by default; the noise of a distance over fewer samples hides what methods differ by. The
 file is written after every seed, and a later run with the same protocol goes on from there.
+
+Without `--metrics`, class-conditional pipelines are judged on a data set of `reference_data` (digits). With them, any diffusers pipeline
+or folder of images is, by the metrics of `evaluate_set`.
 """
 
-import hashlib
-import json
 import os
-import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import diffusers
-import torch
 import tyro
-from command_line import InputError, reject, run
+from command_line import reject, run
+from evaluation_file import (
+    complete_results,
+    describe,
+    distillation_record,
+    environment,
+    open_report,
+    result_of,
+    write_report,
+)
+from evaluation_file import plus_minus as plus_minus
 from feature_networks import load_feature_network
+from fingerprints import fingerprint
 from generate import balanced_labels, generate, load_pipeline
-from metrics import NEIGHBOURS, Judge
+from metrics import Judge
+from neighbours import NEIGHBOURS
 from reference_data import load_reference_data
 from statistics_over_seeds import summary
 
@@ -72,11 +83,34 @@ class EvaluateConfig(Settings):
     """Judge one exported pipeline folder."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of a diffusers pipeline that takes class labels."""
+    """Folder of a diffusers pipeline; with `--metrics` also a folder of images, all of which are taken."""
     num_inference_steps: tuple[int, ...] = ()
     """Step counts to evaluate, one after another. None given: the folder's own steps."""
     output: Path | None = None
-    """File to write; None is evaluation.json in the folder (evaluation_NETWORK.json for another feature network)."""
+    """File to write; None is evaluation.json in the folder (evaluation_NETWORK.json for another feature network, evaluation_set.json
+    with `--metrics`)."""
+    metrics: tuple[
+        Literal["fid", "kid", "inception_score", "precision_recall", "clip_score", "diversity", "accuracy", "memorization"], ...
+    ] = ()
+    """Measure these instead of the data set's own. The settings below belong to them; each takes the feature network of its script."""
+    reference: Path | None = None
+    """Real images: a folder, or an .npz (see fid.py)."""
+    held_out: Path | None = None
+    """Real images that were not trained on (see memorization.py)."""
+    prompts_file: Path | None = None
+    """Prompts for a text-to-image pipeline: a line each, or .jsonl with `prompt` or `text`."""
+    images_dir: Path | None = None
+    """Folder for the sampled images, one below it for each number of steps and seed. None: beside the pipeline's."""
+    features: dict[str, str] = field(default_factory=dict)
+    """Other feature networks, as pairs of metric and network: `fid dinov2`."""
+    weights: dict[str, Path] = field(default_factory=dict)
+    """Weights of feature networks, as pairs of network and path: `inception FILE clip FOLDER`."""
+    cache_dir: Path | None = None
+    """Where features are kept; None is a folder in the user's cache."""
+    resolution: int | None = None
+    """Side of the images in pixels. None: the pipeline's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the pipeline's networks."""
 
     def check(self) -> None:
         super().check()
@@ -95,11 +129,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         InputError: for a wrong setting, folder or file, and for samples that cannot be measured.
     """
     config.check()
+    if config.metrics:
+        from evaluate_set import evaluate_set
+
+        return evaluate_set(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != 1:
+        raise reject("num_processes", processes, "the protocol of a data set runs in one process; --metrics on many")
     judge = load_judge(config.dataset, config.feature_network)
     _check_samples(config.samples, judge.data.classes)
     pipe = load_pipeline(config.folder, config.trust_remote_code, config.device)
     path = config.output or config.folder / config.file_name
-    report = _open_report(path, config, judge)
+    report = open_report(path, _header(config, judge), config.overwrite)
     labels = balanced_labels(config.samples, judge.data.classes)
     for steps, seed in _missing(report, config):
         progress = f"{config.folder.name}, {'own' if steps is None else steps} steps, seed {seed}"
@@ -110,10 +151,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "seconds_per_image": drawn.seconds,
             "cpu_seconds_per_image": drawn.cpu_seconds,
         }
-        result = _result(report, steps)
+        result = result_of(report, steps)
         _add_seed(result, seed, values, report["protocol"])
-        result["environment"] = _environment(pipe, config.batch_size)
-        _write(path, report)
+        result["environment"] = environment(pipe.device, config.batch_size)
+        write_report(path, report)
     return report
 
 
@@ -123,27 +164,18 @@ def load_judge(dataset: str, feature_network: str) -> Judge:
     return Judge(load_reference_data(dataset), load_feature_network(feature_network))
 
 
-def complete_results(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The report's results that have all noise seeds, by number of network evaluations."""
-    seeds = len(report["protocol"]["noise_seeds"])
-    done = [result for result in report["results"] if len(result["metrics"].get("frechet_distance", {"per_seed": ()})["per_seed"]) == seeds]
-    return sorted(done, key=lambda result: result["metrics"]["network_evaluations_per_image"]["mean"])
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the files that decide what a pipeline folder draws: weights, configurations and code."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        record = name == "distillation.json" or (name.startswith("evaluation") and name.endswith(".json"))
-        if path.suffix in (".json", ".py", ".safetensors") and not record:
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
 def _check_samples(samples: int, classes: int) -> None:
     if samples < 2 * classes or samples % classes:
         raise reject("samples", samples, f"a multiple of the {classes} classes, at least {2 * classes}")
+
+
+def _header(config: EvaluateConfig, judge: Judge) -> dict[str, Any]:
+    return {
+        "model": config.folder.resolve().name,
+        "model_sha256": fingerprint(config.folder),
+        "distillation": distillation_record(config.folder),
+        "protocol": _protocol(config, judge),
+    }
 
 
 def _protocol(config: EvaluateConfig, judge: Judge) -> dict[str, Any]:
@@ -161,62 +193,12 @@ def _protocol(config: EvaluateConfig, judge: Judge) -> dict[str, Any]:
     }
 
 
-def _open_report(path: Path, config: EvaluateConfig, judge: Judge) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "model": config.folder.resolve().name,
-        "model_sha256": fingerprint(config.folder),
-        "distillation": _distillation(config.folder),
-        "protocol": _protocol(config, judge),
-        "results": [],
-    }
-    if not path.is_file() or config.overwrite:
-        return report
-    earlier = _read(path)
-    different = _differences(earlier, report)
-    if different:
-        raise InputError(f"output: {path} holds another evaluation ({different}); pass another output or --overwrite")
-    return report | {"results": earlier["results"]}
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    if earlier.get("model_sha256") != now["model_sha256"]:
-        return "the model has changed since"
-    before, after = earlier.get("protocol", {}), now["protocol"]
-    return ", ".join(f"{key}: {before.get(key)} there, {value} now" for key, value in after.items() if before.get(key) != value)
-
-
-def _distillation(folder: Path) -> dict[str, Any] | None:
-    path = folder / "distillation.json"
-    return _read(path) if path.is_file() else None
-
-
-def _environment(pipe: Any, batch_size: int) -> dict[str, Any]:
-    """What the measured time depends on."""
-    device = pipe.device
-    return {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
-        "cpu_threads": torch.get_num_threads(),
-        "batch_size": batch_size,
-    }
-
-
 def _missing(report: dict[str, Any], config: EvaluateConfig) -> Iterator[tuple[int | None, int]]:
     for steps in config.step_counts:
-        done = _result(report, steps)["metrics"].get("frechet_distance", {"per_seed": {}})["per_seed"]
+        done = result_of(report, steps)["metrics"].get("frechet_distance", {"per_seed": {}})["per_seed"]
         for seed in config.noise_seeds:
             if str(seed) not in done:
                 yield steps, seed
-
-
-def _result(report: dict[str, Any], steps: int | None) -> dict[str, Any]:
-    for result in report["results"]:
-        if result["num_inference_steps"] == steps:
-            return result
-    report["results"].append({"num_inference_steps": steps, "metrics": {}})
-    return report["results"][-1]
 
 
 def _add_seed(result: dict[str, Any], seed: int, values: dict[str, float], protocol: dict[str, Any]) -> None:
@@ -226,40 +208,12 @@ def _add_seed(result: dict[str, Any], seed: int, values: dict[str, float], proto
         result["metrics"][name] = {**summary(per_seed), "samples": samples}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise reject(str(path), type(content).__name__, "a JSON object is needed")
-    return content
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def describe(result: dict[str, Any]) -> str:
-    """One line on a result: every metric as mean ± standard deviation."""
-    numbers = (
-        f"{name} {plus_minus(metric)} ({metric['samples']:,} x {len(metric['per_seed'])})" for name, metric in result["metrics"].items()
-    )
-    return f"{result['num_inference_steps'] or 'own'} steps: " + ", ".join(numbers)
-
-
-def plus_minus(metric: dict[str, Any], digits: int = 3) -> str:
-    """`mean ± standard deviation` of a metric, the mean alone after a single seed."""
-    return f"{metric['mean']:.{digits}f}" + ("" if metric["std"] is None else f" ± {metric['std']:.{digits}f}")
-
-
 def main(config: EvaluateConfig) -> None:
-    for result in complete_results(evaluate(config)):
-        print(describe(result))
+    report = evaluate(config)
+    if os.environ.get("RANK", "0") == "0":
+        for result in complete_results(report):
+            print(describe(result))
 
 
 if __name__ == "__main__":
-    run(EvaluateConfig, main)
+    run(EvaluateConfig, main, "many")

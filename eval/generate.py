@@ -40,6 +40,19 @@ def load_pipeline(folder: Path, trust_remote_code: bool, device: str = "auto") -
         InputError: for a folder without a pipeline, one that brings its own code while `trust_remote_code` is off, or a
             pipeline that takes no class labels.
     """
+    pipe = open_pipeline(folder, trust_remote_code)
+    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
+        raise reject("pipeline", type(pipe).__name__, "a pipeline that takes class_labels is needed")
+    denoising_networks(pipe)
+    return pipe.to(find_device(device))
+
+
+def open_pipeline(folder: Path, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
+    """The diffusers pipeline in `folder`, of whatever kind, on the CPU, in `dtype` (None: float32), without progress bars.
+
+    Raises:
+        InputError: for a folder without a pipeline, or one that brings its own code while `trust_remote_code` is off.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise reject("folder", str(folder), "a diffusers pipeline folder with a model_index.json is needed")
@@ -49,12 +62,10 @@ def load_pipeline(folder: Path, trust_remote_code: bool, device: str = "auto") -
     Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
     # diffusers copies a folder's own code into a cache that all processes share: another could read half of it
     with FileLock(Path(HF_MODULES_CACHE, "loading.lock")):
-        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
-        raise reject("pipeline", type(pipe).__name__, "a pipeline that takes class_labels is needed")
-    denoising_networks(pipe)
+        precision = {} if dtype is None else {"torch_dtype": dtype}
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code, **precision)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(_device(device))
+    return pipe
 
 
 def denoising_networks(pipe: Any) -> list[nn.Module]:
@@ -100,7 +111,7 @@ def generate(
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given = {name: value for name, value in settings.items() if value is not None}
     images: list[Tensor] = []
-    with _count_rows(denoising_networks(pipe)) as rows, tqdm(total=len(labels), desc=progress, unit="img", disable=progress is None) as bar:
+    with count_rows(denoising_networks(pipe)) as rows, tqdm(total=len(labels), desc=progress, unit="img", disable=progress is None) as bar:
         start, cpu_start = time.perf_counter(), time.process_time()
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
@@ -121,7 +132,8 @@ def _call(pipe: Any, labels: list[int], generators: list[torch.Generator], given
 
 
 @contextlib.contextmanager
-def _count_rows(networks: list[nn.Module]) -> Iterator[list[int]]:
+def count_rows(networks: list[nn.Module]) -> Iterator[list[int]]:
+    """A list that collects the rows of every call of `networks` meanwhile."""
     rows: list[int] = []
     handles = [network.register_forward_hook(lambda module, args, output: rows.append(len(output[0]))) for network in networks]
     try:
@@ -131,7 +143,8 @@ def _count_rows(networks: list[nn.Module]) -> Iterator[list[int]]:
             handle.remove()
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """The device called `name`; "auto" is CUDA where there is some. InputError for one that is not here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -7,20 +7,18 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from command_line import InputError, reject
+from checks import NotFiniteError as NotFiniteError
+from checks import check_finite
+from command_line import reject
 from feature_networks import FeatureNetwork
+from neighbours import nearest_distances, precision_recall
 from reference_data import ReferenceData
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-NEIGHBOURS = 5
 MAXIMUM_MANIFOLD_SAMPLES = 2000
 
 log = logging.getLogger("eval")
-
-
-class NotFiniteError(InputError):
-    """Samples or features hold NaN or infinity: the model has diverged."""
 
 
 class _GivenFeatures(nn.Module):
@@ -32,13 +30,6 @@ class _GivenFeatures(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise `NotFiniteError` unless every row of `values` (N, ...) is finite."""
-    bad = int((~values.flatten(1).isfinite().all(1)).sum())
-    if bad:
-        raise NotFiniteError(f"{name}: {bad} of {len(values)} hold NaN or infinity; finite numbers are needed")
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -66,12 +57,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def nearest_distances(images: Tensor, references: Tensor, chunk: int = 500) -> Tensor:
-    """Euclidean distance in pixels, (N,) in float64, of each image (N, ...) to the nearest of the references (M, ...)."""
-    flat = references.flatten(1).double()
-    return torch.cat([_distances(part.flatten(1).double(), flat).amin(1) for part in images.split(chunk)])
-
-
 def copy_threshold(held_out: Tensor, train: Tensor) -> float:
     """First percentile of the distances from held-out images to their nearest training image.
 
@@ -83,21 +68,6 @@ def copy_threshold(held_out: Tensor, train: Tensor) -> float:
 def copy_rate(images: Tensor, train: Tensor, threshold: float) -> float:
     """Share of images strictly closer than `threshold` to a training image (see `copy_threshold`)."""
     return (nearest_distances(images, train) < threshold).double().mean().item()
-
-
-def precision_recall(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall (arXiv:1904.06991, eq. 1 and 2) of features (N, D) and (M, D).
-
-    Precision is the share of fake features inside the union of balls around the real ones that reach their k-th neighbour;
-    recall is the share of real features inside the same union around the fake ones.
-
-    Raises:
-        InputError: where a set has no k-th neighbour.
-    """
-    for name, features in (("real features", real), ("features", fake)):
-        if len(features) <= neighbours:
-            raise reject(name, len(features), f"more than {neighbours} samples are needed")
-    return _share_inside(fake, real, neighbours), _share_inside(real, fake, neighbours)
 
 
 def within_class_spread(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> float:
@@ -140,20 +110,6 @@ class Judge:
             "within_class_spread": within_class_spread(self.real_features, self.data.train_labels, features, labels),
             "copy_rate": copy_rate(images, self.data.train_images, self.copy_threshold),
         }
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # The faster expansion a^2 - 2ab + b^2 leaves an error of about 1e-7 where the distance is 0.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _share_inside(points: Tensor, centres: Tensor, neighbours: int, chunk: int = 500) -> float:
-    points, centres = points.double(), centres.double()
-    radii = torch.cat(
-        [_distances(part, centres).kthvalue(neighbours + 1, 1).values for part in centres.split(chunk)]
-    )  # the first is itself
-    inside = [(_distances(part, centres) <= radii).any(1) for part in points.split(chunk)]
-    return torch.cat(inside).double().mean().item()
 
 
 def _subset(features: Tensor, count: int) -> Tensor:

@@ -6,8 +6,6 @@ from functools import cache
 
 import torch
 from command_line import reject
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 
@@ -33,6 +31,9 @@ class ReferenceData:
 @cache
 def digits() -> ReferenceData:
     """scikit-learn's digits, 1,797 grey 8x8 images: 1,297 for training and 500 held out, stratified, always the same split."""
+    from sklearn.datasets import load_digits  # only this data set needs it
+    from sklearn.model_selection import train_test_split
+
     values, labels = load_digits(return_X_y=True)
     pixels = values / 8 - 1
     train, test, train_labels, test_labels = train_test_split(pixels, labels, test_size=500, stratify=labels, random_state=0)
