@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapters import switched_on
+from .counted_scheduler import counted_scheduler
 from .errors import InputError, reject
 from .experts import Experts, Student, denoisers, expert_number, with_models
 from .families import Family
@@ -37,7 +38,7 @@ GPU_TOLERANCE = 1e-4  # kernels there may choose another order of summation in a
 
 def check_exportable(pipe: Any, student: Student, samplers: Sequence[FewStepSampler], family: Family) -> None:
     """Raise InputError where no stock scheduler or no pipeline can sample the student: better known before training than after."""
-    student_scheduler(student.schedule, samplers, student.prediction_type, pipe.scheduler)
+    _scheduler(pipe, student, samplers)
     _components(family, student, pipe)
     accepted = inspect.signature(type(pipe).__init__).parameters
     if len(samplers) > 1 and "num_inference_steps" in accepted and "grids" not in accepted:
@@ -79,7 +80,7 @@ def export_student(
     """
     folder = Path(folder).absolute()
     _refuse_foreign(folder)
-    scheduler = student_scheduler(student.schedule, samplers, student.prediction_type, pipe.scheduler)
+    scheduler = _scheduler(pipe, student, samplers)
     exported = _student_pipeline(pipe, family, student, dtype, scheduler, samplers)
     served: list[dict[str, Any]] = [
         {"timesteps": list(s.timesteps), "call": _call(pipe, family, s, scheduler, resolution)} for s in samplers
@@ -105,6 +106,17 @@ def export_student(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _scheduler(pipe: Any, student: Student, samplers: Sequence[FewStepSampler]) -> SchedulerMixin:
+    call = inspect.signature(type(pipe).__call__).parameters
+    build = student_scheduler if "timesteps" in call or "sigmas" in call else counted_scheduler
+    scheduler = build(student.schedule, samplers, student.prediction_type, pipe.scheduler)
+    if samplers[0].kind == "tcd" and "eta" not in {*call, *inspect.signature(type(pipe).__init__).parameters}:
+        eta = inspect.signature(scheduler.step).parameters["eta"].default
+        if samplers[0].gamma != eta:
+            raise reject("gamma", samplers[0].gamma, f"{eta}, the scheduler's own: a {type(pipe).__name__} hands it no other")
+    return scheduler
 
 
 def merged(model: nn.Module, dtype: torch.dtype, adapter: str | None = None) -> nn.Module:

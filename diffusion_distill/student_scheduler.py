@@ -111,7 +111,8 @@ def _deterministic(configured: Callable[..., Any], grids: list[list[int]]) -> An
     ddim = configured(DDIMScheduler, timestep_spacing="trailing", set_alpha_to_one=True)
     if all(_ddim_visits(ddim, grid) for grid in grids):
         return ddim
-    exact = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+    exact = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
+    exact["variance_type"] = None  # with a learned variance it would keep three channels of the prediction
     spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
     return configured(DPMSolverMultistepScheduler, **exact, **dict.fromkeys(spacings, False))
 

@@ -142,7 +142,7 @@ def unconditional_part(pipe: Any, calls: list[NetworkCall]) -> dict[str, Any]:
     """Inputs of the unconditional half of a guided step on two samples: the first half of the batch, or a second call."""
     if len(calls) == 2:
         return calls[1].given
-    half = slice(2, None) if type(pipe).__name__ == "ZImagePipeline" else slice(2)
+    half = slice(2, None) if type(pipe).__name__ in ("ZImagePipeline", "DiTPipeline") else slice(2)
     return {name: value[half] if isinstance(value, Tensor | list) else value for name, value in calls[0].given.items()}
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     ("pair_writer", "run_record", "run_state"),
     ("checkpointing",),
     ("model_card", "student_scheduler"),
+    ("counted_scheduler",),
     ("export", "export_child"),
     ("trainer",),
     ("distill",),

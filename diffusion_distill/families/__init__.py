@@ -2,6 +2,7 @@
 
 from ..errors import reject
 from .base import Cond, Family
+from .dit import DiT
 from .flux import Flux
 from .pixart import PixArt
 from .qwen_image import QwenImage
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Family] = {
         ZImage(),
         PixArt(),
         Sana(),
+        DiT(),
     )
     for name in family.pipelines
 }

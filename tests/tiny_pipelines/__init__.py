@@ -8,7 +8,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from .flow_transformers import flux, qwen_image, z_image
-from .latent_transformers import pixart_alpha, pixart_sigma, sana
+from .latent_transformers import dit, pixart_alpha, pixart_sigma, sana
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -19,6 +19,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_alpha": pixart_alpha,
     "pixart_sigma": pixart_sigma,
     "sana": sana,
+    "class_dit": dit,
     "flux": flux,
     "flux_schnell": partial(flux, guidance=False),
     "qwen_image": qwen_image,
@@ -31,7 +32,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 def example_conditions(pipe: Any, count: int = 2) -> list[Any]:
     """`count` different prompts, or class labels where the pipeline takes those."""
-    labelled = type(pipe).__name__ == "ClassConditionalPipeline"
+    labelled = type(pipe).__name__ in ("ClassConditionalPipeline", "DiTPipeline")
     return [i if labelled else f"a photo of {i}" for i in range(count)]
 
 

@@ -3,6 +3,8 @@
 from diffusers import (
     AutoencoderDC,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -105,3 +107,21 @@ def _deep_compression() -> AutoencoderDC:
     blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
     sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
     return AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, **sides)
+
+
+def dit(seed: int = 0) -> DiTPipeline:
+    """DiT with DDIM: 16-pixel images, latents (4, 8, 8). The pipeline's code has 1000 classes."""
+    with seeded(seed):
+        transformer = DiTTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=DEPTH,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            norm_num_groups=4,
+            num_embeds_ada_norm=1000,
+        )
+        scheduler = DDIMScheduler(**LINEAR_BETAS, clip_sample=False, timestep_spacing="trailing")
+        return ready(DiTPipeline(transformer=transformer, vae=vae(), scheduler=scheduler, id2label={0: "tench, Tinca tinca"}), transformer)
