@@ -2,25 +2,30 @@
 
     python eval/compare.py TEACHER STUDENT_A STUDENT_B --output_dir COMPARISON --trust_remote_code
 
+    python eval/compare.py TEACHER STUDENT --metrics clip_score fid --prompts_file prompts.txt --reference IMAGES --samples 5000
+
 Each model is judged by `evaluate.py` into its own folder. What stands there under the same protocol is read instead, so that a
-comparison that was stopped goes on where it was.
+comparison that was stopped goes on where it was. To use several GPUs, run the evaluations that the report lists under `accelerate
+launch` first.
 """
 
 import shlex
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import report_prompts
 import tyro
+from checks import NotFiniteError
 from command_line import reject, run
 from evaluate import EvaluateConfig, Settings, evaluate, load_judge
 from generate import balanced_labels, generate, image_seed, load_pipeline
-from metrics import NotFiniteError
 from pictures import grid, to_pil
-from report import REFERENCE_STEPS, Column, Entry, Model, Report
+from report import REFERENCE_STEPS, Column, Report, ScoredPrompt
 from report_html import write_html
 from report_markdown import write_markdown
-from report_reading import commit, model_from, protocol_from, served_steps, versions_from
+from report_reading import Pictures, commit, model_from, ordered_results, protocol_from, served_steps, versions_from
 from tqdm import tqdm
 
 GRID_ROWS = 8
@@ -46,9 +51,19 @@ class CompareConfig(Settings):
         if len({folder.resolve() for folder in (self.teacher, *self.students)}) < 1 + len(self.students):
             raise reject("students", [str(folder) for folder in self.students], "different folders, none of them the teacher's")
 
+    @property
+    def labels(self) -> dict[Path, str]:
+        """Names of the models: those of the folders, with as many parents as it takes to tell them apart."""
+        parts = {folder: folder.resolve().parts for folder in (self.teacher, *self.students)}
+        depth = 1
+        while len({path[-depth:] for path in parts.values()}) < len(parts):
+            depth += 1
+        return {folder: "/".join(path[-depth:]) for folder, path in parts.items()}
+
     def evaluation(self, folder: Path) -> EvaluateConfig:
         """The evaluation of one of the models under the shared settings."""
         shared = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        shared["images_dir"] = self.images_dir and self.images_dir / self.labels[folder]
         served = served_steps(folder)
         steps = self.teacher_num_inference_steps if folder == self.teacher else served if len(served) > 1 else ()
         return EvaluateConfig(folder=folder, num_inference_steps=steps, **shared)
@@ -64,8 +79,9 @@ def compare(config: CompareConfig) -> Path:
     """
     config.check()
     evaluations, failures = _evaluations(config)
-    labels = _labels([config.teacher, *config.students])
-    models = [_with_images(config, evaluation, folder, labels[folder]) for folder, evaluation in evaluations.items()]
+    labels = config.labels
+    models = [model_from(found, folder, labels[folder], _pictures(config, folder)) for folder, found in evaluations.items()]
+    worst, best = _prompts(config, evaluations)
     report = Report(
         teacher=models[0],
         students=tuple(models[1:]),
@@ -73,7 +89,9 @@ def compare(config: CompareConfig) -> Path:
         commands=tuple(_commands(config)),
         commit=commit(),
         versions=versions_from(list(evaluations.values())),
-        columns=tuple(_columns(config)),
+        columns=_columns(config, evaluations[config.teacher]),
+        worst_prompts=worst,
+        best_prompts=best,
         failures=tuple(f"{labels[folder]} was not evaluated: {error}." for folder, error in failures.items()),
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,49 +113,61 @@ def _evaluations(config: CompareConfig) -> tuple[dict[Path, dict[str, Any]], dic
     return found, failures
 
 
-def _labels(folders: list[Path]) -> dict[Path, str]:
-    """Folder names, with as many parents as it takes to tell them apart."""
-    parts = {folder: folder.resolve().parts for folder in folders}
-    depth = 1
-    while len({path[-depth:] for path in parts.values()}) < len(parts):
-        depth += 1
-    return {folder: "/".join(path[-depth:]) for folder, path in parts.items()}
-
-
-def _with_images(config: CompareConfig, evaluation: dict[str, Any], folder: Path, label: str) -> Model:
-    model = model_from(evaluation, folder, label)
+def _pictures(config: CompareConfig, folder: Path) -> Callable[[Mapping[str, Any]], Pictures]:
+    """What gives the images of a model's results: those that the evaluation kept, or else images drawn now."""
+    seed = config.noise_seeds[0]
+    if config.metrics:
+        return lambda result: report_prompts.pictures(result, seed)
+    classes = load_judge(config.dataset, config.feature_network).data.classes
     pipe = load_pipeline(folder, config.trust_remote_code, config.device)
-    return replace(model, entries=tuple(_drawn(config, pipe, folder, entry) for entry in model.entries))
+
+    def draw(result: Mapping[str, Any]) -> Pictures:
+        labels, steps = balanced_labels(GRID_ROWS * classes, classes), result["num_inference_steps"]
+        images = [to_pil(image) for image in generate(pipe, labels, seed, config.batch_size, steps, config.guidance_scale).images]
+        return Pictures(tuple(images[:classes]), grid(images, [str(label) for label in range(classes)]))
+
+    return draw
 
 
-def _drawn(config: CompareConfig, pipe: Any, folder: Path, entry: Entry) -> Entry:
+def _columns(config: CompareConfig, evaluation: dict[str, Any]) -> tuple[Column, ...]:
+    seed = config.noise_seeds[0]
+    if config.metrics:
+        return report_prompts.columns(ordered_results(evaluation, config.teacher)[0], seed)
     classes = load_judge(config.dataset, config.feature_network).data.classes
-    labels = balanced_labels(GRID_ROWS * classes, classes)
-    steps = entry.steps if config.evaluation(folder).num_inference_steps else None
-    drawn = generate(pipe, labels, config.noise_seeds[0], config.batch_size, steps, config.guidance_scale)
-    images = [to_pil(image) for image in drawn.images]
-    return replace(entry, images=tuple(images[:classes]), more_images=grid(images, [str(label) for label in range(classes)]))
+    return tuple(Column(str(label), image_seed(seed, label)) for label in range(classes))
 
 
-def _columns(config: CompareConfig) -> list[Column]:
-    classes = load_judge(config.dataset, config.feature_network).data.classes
-    return [Column(str(label), image_seed(config.noise_seeds[0], label)) for label in range(classes)]
+def _prompts(config: CompareConfig, evaluations: dict[Path, dict[str, Any]]) -> tuple[tuple[ScoredPrompt, ...], tuple[ScoredPrompt, ...]]:
+    """The worst and the best prompts, where prompts were scored."""
+    if "clip_score" not in config.metrics:
+        return (), ()
+    results = [ordered_results(evaluation, folder) for folder, evaluation in evaluations.items()]
+    return report_prompts.worst_and_best(results, config.noise_seeds[0])
 
 
 def _commands(config: CompareConfig) -> list[str]:
-    shared = ["--samples", str(config.samples), "--noise_seeds", *map(str, config.noise_seeds)]
-    shared += [] if config.guidance_scale is None else ["--guidance_scale", str(config.guidance_scale)]
-    shared += ["--dataset", config.dataset, "--feature_network", config.feature_network, "--batch_size", str(config.batch_size)]
-    shared += ["--device", config.device] + (["--trust_remote_code"] if config.trust_remote_code else [])
-    steps = ["--num_inference_steps", *map(str, config.teacher_num_inference_steps)]
-    lines = [["evaluate.py", str(config.teacher), *steps, *shared]]
-    for folder in config.students:
-        served = config.evaluation(folder).num_inference_steps
-        lines.append(["evaluate.py", str(folder), *(["--num_inference_steps", *map(str, served)] if served else []), *shared])
-    folders = map(str, (config.teacher, *config.students))
-    own = ["--output_dir", str(config.output_dir), "--teacher_num_inference_steps", *steps[1:]]
-    lines.append(["compare.py", *folders, *own, *shared])
+    """The command of each evaluation alone, and that of the comparison."""
+    evaluations = [config.evaluation(folder) for folder in (config.teacher, *config.students)]
+    lines = [["evaluate.py", str(each.folder), *_flags(each)] for each in evaluations]
+    lines.append(["compare.py", *map(str, (config.teacher, *config.students)), *_flags(config)])
     return [shlex.join(["python", f"eval/{line[0]}", *line[1:]]) for line in lines]
+
+
+def _flags(config: Settings) -> list[str]:
+    """The settings that a command line must name: those without a default, or at another value; not whether to start anew."""
+    flags: list[str] = []
+    for field in fields(config):
+        value, default = getattr(config, field.name), field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in ("folder", "teacher", "students", "overwrite") and value != default:
+            flags += [f"--{field.name}", *_words(value)]
+    return flags
+
+
+def _words(value: Any) -> list[str]:
+    if value is True:
+        return []
+    pairs = value.items() if isinstance(value, dict) else [(each,) for each in value] if isinstance(value, tuple) else [(value,)]
+    return [str(word) for pair in pairs for word in pair]
 
 
 def main(config: CompareConfig) -> None:

@@ -64,6 +64,28 @@ class Settings:
     """Run the pipeline.py that a folder brings."""
     overwrite: bool = False
     """Start anew, whatever the evaluation file holds; without it, a file of another protocol or model is an error."""
+    metrics: tuple[
+        Literal["fid", "kid", "inception_score", "precision_recall", "clip_score", "diversity", "accuracy", "memorization"], ...
+    ] = ()
+    """Measure these instead of the data set's own. The settings below belong to them; each takes the feature network of its script."""
+    reference: Path | None = None
+    """Real images: a folder, or an .npz (see fid.py)."""
+    held_out: Path | None = None
+    """Real images that were not trained on (see memorization.py)."""
+    prompts_file: Path | None = None
+    """Prompts for a text-to-image pipeline: a line each, or .jsonl with `prompt` or `text`."""
+    images_dir: Path | None = None
+    """Folder for the sampled images, one below it for each number of steps and seed. None: beside the pipeline's."""
+    features: dict[str, str] = field(default_factory=dict)
+    """Other feature networks, as pairs of metric and network: `fid dinov2`."""
+    weights: dict[str, Path] = field(default_factory=dict)
+    """Weights of feature networks, as pairs of network and path: `inception FILE clip FOLDER`."""
+    cache_dir: Path | None = None
+    """Where features are kept; None is a folder in the user's cache."""
+    resolution: int | None = None
+    """Side of the images in pixels. None: the pipeline's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the pipeline's networks."""
 
     def check(self) -> None:
         """Raise `InputError` for a value that no evaluation can serve."""
@@ -89,28 +111,6 @@ class EvaluateConfig(Settings):
     output: Path | None = None
     """File to write; None is evaluation.json in the folder (evaluation_NETWORK.json for another feature network, evaluation_set.json
     with `--metrics`)."""
-    metrics: tuple[
-        Literal["fid", "kid", "inception_score", "precision_recall", "clip_score", "diversity", "accuracy", "memorization"], ...
-    ] = ()
-    """Measure these instead of the data set's own. The settings below belong to them; each takes the feature network of its script."""
-    reference: Path | None = None
-    """Real images: a folder, or an .npz (see fid.py)."""
-    held_out: Path | None = None
-    """Real images that were not trained on (see memorization.py)."""
-    prompts_file: Path | None = None
-    """Prompts for a text-to-image pipeline: a line each, or .jsonl with `prompt` or `text`."""
-    images_dir: Path | None = None
-    """Folder for the sampled images, one below it for each number of steps and seed. None: beside the pipeline's."""
-    features: dict[str, str] = field(default_factory=dict)
-    """Other feature networks, as pairs of metric and network: `fid dinov2`."""
-    weights: dict[str, Path] = field(default_factory=dict)
-    """Weights of feature networks, as pairs of network and path: `inception FILE clip FOLDER`."""
-    cache_dir: Path | None = None
-    """Where features are kept; None is a folder in the user's cache."""
-    resolution: int | None = None
-    """Side of the images in pixels. None: the pipeline's own."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the pipeline's networks."""
 
     def check(self) -> None:
         super().check()

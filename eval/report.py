@@ -1,7 +1,8 @@
 """What a comparison found, as plain data: models at their step counts, images, prompts, what was run. It reads and writes no file."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,11 +24,18 @@ class Value:
     std: float | None
     samples: int  # for each seed
     per_seed: Mapping[str, float]
+    error: float | None = None  # the metric's own estimate of a seed's error (bootstrap, standard error), where it gives one
+    network: str = ""  # whose features it reads, where the evaluation says so
 
     @property
     def count(self) -> str:
         """`5,000 × 5`: samples, times noise seeds."""
         return f"{self.samples:,} × {len(self.per_seed)}"
+
+    @property
+    def uncertainty(self) -> float | None:
+        """Standard deviation over seeds, or after a single one the metric's own estimate."""
+        return self.error if self.std is None else self.std
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,11 @@ class Report:
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        """Those that any entry has, quality before cost; names that nobody described come last."""
+        """Those that any entry has, counts aside: quality before cost; names that nobody described come last."""
         found = dict.fromkeys(name for entry in self.entries for name in entry.values)
         known = [metric for metric in METRICS if metric.key in found]
-        return (*known, *(metric_named(name) for name in found if name not in {metric.key for metric in known}))
+        unknown = [metric_named(name) for name in found if name not in {metric.key for metric in known}]
+        return tuple(metric for metric in (*known, *unknown) if metric.kind != "count")
 
     @cached_property
     def main_metric(self) -> Metric:
@@ -150,7 +159,7 @@ class Report:
             return "reference"
         if metric.depends_on_device and entry.environment != self.reference.environment:
             return "not comparable"
-        return judged(metric, list(ours.per_seed.values()), list(theirs.per_seed.values()))
+        return judged(metric, ours, theirs)
 
     def speed_up(self, entry: Entry) -> float | None:
         """How many times faster than the reference `entry` draws an image; None where the times are not comparable."""
@@ -159,24 +168,42 @@ class Report:
 
 
 def value_from(record: Mapping[str, Any]) -> Value:
-    """A metric as evaluation files hold it: `mean`, `std`, `per_seed`, `samples`."""
-    return Value(record["mean"], record["std"], record["samples"], record["per_seed"])
+    """A metric as evaluation files hold it: `mean`, `std`, `per_seed`, `samples`; `error_per_seed` and `feature_network` where known."""
+    errors = [error for error in record.get("error_per_seed", {}).values() if error is not None]
+    error, network = statistics.fmean(errors) if errors else None, record.get("feature_network")
+    name = f"{network['name']} (SHA-256 {network['sha256'][:12]})" if network else ""
+    return Value(record["mean"], record["std"], record["samples"], record["per_seed"], error, name)
 
 
-def judged(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> Verdict:
-    """Whether values over noise seeds differ by more than their noise: Welch's t-test at 5 %, on how far each is from ideal."""
-    if min(len(ours), len(theirs)) < 2:
+def judged(metric: Metric, ours: Value, theirs: Value) -> Verdict:
+    """Whether two values differ by more than their noise, at 5 %, in how far each is from ideal.
+
+    Over several noise seeds by Welch's t-test; after a single one by the metric's own errors, taken as normal and independent.
+    """
+    probability = _probability(metric, ours, theirs)
+    if probability is None:
         return "one seed"
-    a, b = [metric.loss(value) for value in ours], [metric.loss(value) for value in theirs]
-    if _probability(a, b) >= SIGNIFICANCE:
+    if probability >= SIGNIFICANCE:
         return "within noise"
-    return "better" if statistics.fmean(a) < statistics.fmean(b) else "worse"
+    return "better" if _mean_loss(metric, ours) < _mean_loss(metric, theirs) else "worse"
 
 
-def _probability(a: list[float], b: list[float]) -> float:
-    """Of a difference at least as large between seeds of one and the same model."""
-    deviations = statistics.stdev(a), statistics.stdev(b)
-    if not any(deviations):  # without noise, as the number of network evaluations is
-        return float(a[0] == b[0])
-    moments = statistics.fmean(a), deviations[0], len(a), statistics.fmean(b), deviations[1], len(b)
-    return float(scipy.stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)
+def _mean_loss(metric: Metric, value: Value) -> float:
+    return statistics.fmean(metric.loss(x) for x in value.per_seed.values())
+
+
+def _probability(metric: Metric, ours: Value, theirs: Value) -> float | None:
+    """Of a difference at least as large between two draws from one and the same model; None where the noise is unknown."""
+    difference = _mean_loss(metric, ours) - _mean_loss(metric, theirs)
+    if metric.exact:
+        return float(not difference)
+    counts = len(ours.per_seed), len(theirs.per_seed)
+    if min(counts) >= 2:
+        deviations = [statistics.stdev(metric.loss(x) for x in value.per_seed.values()) for value in (ours, theirs)]
+        if not any(deviations):
+            return float(not difference)
+        test = scipy.stats.ttest_ind_from_stats(difference, deviations[0], counts[0], 0, deviations[1], counts[1], equal_var=False)
+        return float(test.pvalue)
+    if not ours.error or not theirs.error:
+        return None
+    return float(2 * scipy.stats.norm.sf(abs(difference) / math.hypot(ours.error, theirs.error)))

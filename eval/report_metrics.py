@@ -22,15 +22,16 @@ class Metric:
     name: str
     meaning: str
     better: Direction | None
-    kind: Literal["quality", "cost", "other"] = "quality"
+    kind: Literal["quality", "cost", "other", "count"] = "quality"  # counts stand in the table of all numbers alone
     factor: float = 1.0  # what is shown is the stored value times this
     digits: int = 3
     depends_on_device: bool = False
+    exact: bool = False  # without noise: the same at every noise seed
 
     @property
     def title(self) -> str:
-        """Name and arrow."""
-        return f"{self.name} {ARROWS[self.better]}".rstrip()
+        """Name and arrow, which no line break parts."""
+        return f"{self.name}\N{NO-BREAK SPACE}{ARROWS[self.better]}".rstrip()
 
     @property
     def direction(self) -> str:
@@ -53,8 +54,8 @@ class Metric:
         return self.number(mean) + ("" if std is None else f" ± {self.number(std)}")
 
 
-def _cost(key: str, name: str, meaning: str, factor: float = 1.0, digits: int = 2, *, depends_on_device: bool = True) -> Metric:
-    return Metric(key, name, meaning, "lower", "cost", factor, digits, depends_on_device)
+def _cost(key: str, name: str, meaning: str, factor: float = 1.0, digits: int = 2) -> Metric:
+    return Metric(key, name, meaning, "lower", "cost", factor, digits, depends_on_device=True)
 
 
 METRICS = (
@@ -65,7 +66,7 @@ METRICS = (
         "lower",
     ),
     Metric(
-        "kid",
+        "kernel_distance",
         "KID",
         "Another distance to the real images (kernel distance); unlike the Fréchet distance it has no bias at few samples.",
         "lower",
@@ -86,7 +87,7 @@ METRICS = (
         "How varied the images of one class are, relative to the real ones; below 1 they are too alike, above 1 too scattered.",
         "one",
     ),
-    Metric("diversity", "diversity", "How different the images of one prompt are from each other.", "higher"),
+    Metric("diversity", "diversity", "How different the images of one prompt (or class) are from each other.", "higher"),
     Metric(
         "copy_rate",
         "copy rate, %",
@@ -95,15 +96,20 @@ METRICS = (
         factor=100,
         digits=2,
     ),
-    _cost(
+    Metric("nearest_distance", "distance to training images", "Mean distance of an image to the nearest training image.", None, "other"),
+    Metric(
         "network_evaluations_per_image",
         "network evaluations / image",
         "How often the denoising network runs for one image; guidance counts twice.",
-        depends_on_device=False,
+        "lower",
+        "cost",
+        digits=2,
+        exact=True,
     ),
     _cost("seconds_per_image", "ms / image", "Wall time for one image, in whole batches, decoding included.", 1000),
     _cost("cpu_seconds_per_image", "CPU ms / image", "Processor time for one image: comparable on a busy machine too.", 1000),
-    _cost("peak_memory_bytes", "peak memory, MiB", "The most memory that the device held while sampling.", 1 / 2**20, 0),
+    _cost("peak_memory_bytes", "peak memory, MiB", "The most memory that the device held, or the process on a CPU.", 1 / 2**20, 0),
+    Metric("timed_images", "timed images", "How many images the costs are averaged over.", None, "count"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 

@@ -2,12 +2,22 @@
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evaluate import complete_results
+from PIL import Image
 from report import Entry, Model, value_from
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of one entry: one for each column of the grid, and a grid of more."""
+
+    images: tuple[Image.Image, ...]
+    more_images: Image.Image | None = None
 
 
 def served_steps(folder: Path) -> tuple[int, ...]:
@@ -16,19 +26,21 @@ def served_steps(folder: Path) -> tuple[int, ...]:
     return tuple(len(sampler["timesteps"]) for sampler in json.loads(record.read_text())["samplers"]) if record.is_file() else ()
 
 
-def model_from(evaluation: Mapping[str, Any], folder: Path, label: str) -> Model:
-    """A model and its complete results, by number of steps, without images."""
-    own_steps = next(iter(served_steps(folder)), None)
-    entries = [entry_from(result, label, own_steps) for result in complete_results(dict(evaluation))]
-    about = _about(evaluation.get("distillation") or {})
-    return Model(label, str(folder), evaluation["model_sha256"], about, tuple(sorted(entries, key=lambda entry: entry.steps)))
+def model_from(evaluation: Mapping[str, Any], folder: Path, label: str, pictures: Callable[[Mapping[str, Any]], Pictures]) -> Model:
+    """A model and its complete results, by number of steps; `pictures` gives the images of each."""
+    found = [replace(entry_from(result, label, folder), **vars(pictures(result))) for result in ordered_results(evaluation, folder)]
+    return Model(label, str(folder), evaluation["model_sha256"], _about(evaluation.get("distillation") or {}), tuple(found))
 
 
-def entry_from(result: Mapping[str, Any], label: str, own_steps: int | None = None) -> Entry:
-    """One result of an evaluation file. Its steps: those asked for, those on record, or else the network evaluations of an image."""
+def ordered_results(evaluation: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The complete results of an evaluation, by number of steps: those asked for, those on record, or else the network evaluations."""
+    return sorted(complete_results(dict(evaluation)), key=lambda result: _steps(result, folder))
+
+
+def entry_from(result: Mapping[str, Any], label: str, folder: Path) -> Entry:
+    """One result of the evaluation file of `folder`, without images."""
     values = {name: value_from(metric) for name, metric in result["metrics"].items()}
-    steps = result["num_inference_steps"] or own_steps or round(values["network_evaluations_per_image"].mean)
-    return Entry(label, steps, values, _environment(result["environment"]))
+    return Entry(label, _steps(result, folder), values, _environment(result["environment"]))
 
 
 def protocol_from(evaluation: Mapping[str, Any]) -> dict[str, str]:
@@ -52,6 +64,11 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def _steps(result: Mapping[str, Any], folder: Path) -> int:
+    own = next(iter(served_steps(folder)), None)
+    return int(result["num_inference_steps"] or own or round(result["metrics"]["network_evaluations_per_image"]["mean"]))
+
+
 def _environment(record: Mapping[str, Any]) -> str:
     return f"{record['device']}, {record['cpu_threads']} CPU thread(s), batches of {record['batch_size']}"
 
@@ -62,6 +79,8 @@ def _about(distillation: Mapping[str, Any]) -> str:
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {of}" for key, of in value.items()) or "–"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "the model's own" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

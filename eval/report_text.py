@@ -31,7 +31,7 @@ SENTENCES: dict[Verdict | None, str] = {
     "better": "better than the teacher's best",
     "worse": "worse than the teacher's best",
     "within noise": "≈ the teacher's best: the difference is within noise",
-    "one seed": "one noise seed, so noise is unknown",
+    "one seed": "one noise seed: the noise is unknown",
 }
 
 
@@ -88,7 +88,7 @@ def lead(report: Report) -> str:
     value = reference.values[metric.key]
     return (
         f"How close do the students come to {report.teacher.label}, and at what cost? Measured by {metric.name} ({metric.direction}). "
-        f"The teacher's best is {metric.plus_minus(value.mean, value.std)}, at {steps(reference.steps)} "
+        f"The teacher's best is {metric.plus_minus(value.mean, value.uncertainty)}, at {steps(reference.steps)} "
         f"(over its step counts of {REFERENCE_STEPS} or more; {value.count} samples)."
     )
 
@@ -110,20 +110,22 @@ def cells(report: Report, entry: Entry) -> list[Cell]:
 
 def legend(report: Report) -> list[tuple[str, str]]:
     """Each metric's title with one plain sentence on it and its direction."""
-    return [(metric.title, f"{metric.meaning} {metric.direction.capitalize()}.") for metric in report.metrics]
+    return [(metric.title, " ".join(_sentences(report, metric))) for metric in report.metrics]
 
 
 def notes(report: Report) -> list[str]:
     """What a reader must know before trusting the numbers."""
     seeds = min(len(value.per_seed) for entry in report.entries for value in entry.values.values())
+    test = "Welch's t-test over noise seeds" if seeds > 1 else "normal test on the stated errors"
+    spread = "± is the standard deviation over noise seeds" if seeds > 1 else "± is the metric's own estimate of its error, if any"
     found = [
-        "Numbers are mean ± standard deviation over noise seeds; the count is samples × noise seeds.",
-        f"Better, worse: than the teacher's best ({steps(report.reference.steps)}). ≈ within noise: the seeds do not tell the two apart "
-        "(Welch's t-test, 5 %). Of many such answers about one in twenty is chance.",
+        f"{spread}; the count is samples × noise seeds.",
+        f"Better, worse: than the teacher's best ({steps(report.reference.steps)}). ≈ within noise: the measurement does not tell the two "
+        f"apart ({test}, 5 %). Of many such answers about one in twenty is chance.",
         "Another training run of the same student may differ by more than the noise of sampling that is stated here.",
     ]
     if seeds == 1:
-        found.append("With one noise seed the noise is unknown: small differences may be chance.")
+        found.append("With one noise seed, differences of numbers without ± may be chance.")
     elif seeds == 2:
         found.append("With two noise seeds only large differences can be told from noise.")
     if len(report.environments) > 1:
@@ -132,7 +134,7 @@ def notes(report: Report) -> list[str]:
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:
-    """What was run, on what, by which code."""
+    """What was run, on what, by which code; a dash where a setting was left to the model or the metric."""
     facts = [("commit", report.commit), ("device", "; ".join(report.environments)), ("versions", report.versions)]
     facts += [(name.replace("_", " "), text) for name, text in report.protocol.items()]
     return facts + [(f"model {model.label}", _model_facts(model)) for model in report.models]
@@ -141,12 +143,13 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
 def all_numbers(report: Report) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of every number as the evaluation files hold it, by noise seed."""
     seeds = list(dict.fromkeys(seed for entry in report.entries for value in entry.values.values() for seed in value.per_seed))
-    head = ["model", "steps", "number", "mean", "std", "samples / seed", *(f"seed {seed}" for seed in seeds)]
+    head = ["model", "steps", "number", "mean", "std", "error of a seed", "samples / seed", *(f"seed {seed}" for seed in seeds)]
     rows = []
     for entry in report.entries:
         for name, value in entry.values.items():
-            numbers = [exact(value.mean), exact(value.std), str(value.samples), *(exact(value.per_seed.get(seed)) for seed in seeds)]
-            rows.append([entry.model, str(entry.steps), name, *numbers])
+            numbers = [exact(value.mean), exact(value.std), exact(value.error), str(value.samples)]
+            by_seed = [exact(value.per_seed.get(seed)) for seed in seeds]
+            rows.append([entry.model, str(entry.steps), name, *numbers, *by_seed])
     return head, rows
 
 
@@ -203,14 +206,23 @@ def _summary(report: Report, entry: Entry) -> Summary:
     return Summary(
         name=entry.name,
         steps=entry.steps,
-        distance=f"{metric.plus_minus(value.mean, value.std)} ({value.count})",
+        distance=f"{metric.plus_minus(value.mean, value.uncertainty)} ({value.count})",
         ratio="–" if ratio is None else f"{ratio:.2f} ×",
         verdict=verdict,
         sentence=SENTENCES.get(verdict, ""),
         evaluations="–" if cost is None or usual is None else f"{cost.mean:g} instead of {usual.mean:g}",
         speed=_speed(report, entry),
-        teacher="–" if equal is None else metric.plus_minus(equal.mean, equal.std),
+        teacher="–" if equal is None else metric.plus_minus(equal.mean, equal.uncertainty),
     )
+
+
+def _sentences(report: Report, metric: Metric) -> Iterator[str]:
+    yield metric.meaning
+    if metric.better:
+        yield f"{metric.direction.capitalize()}."
+    networks = dict.fromkeys(entry.values[metric.key].network for entry in report.entries if metric.key in entry.values)
+    if any(networks):
+        yield f"Features: {', '.join(filter(None, networks))}."
 
 
 def _speed(report: Report, entry: Entry) -> str:
@@ -229,7 +241,7 @@ def _curves(report: Report, cost: Metric | None) -> list[Curve]:
 def _point(entry: Entry, quality: Metric, cost: Metric | None) -> Point:
     value, place = entry.values[quality.key], entry.values[cost.key] if cost else Value(entry.steps, None, 0, {})
     factor = cost.factor if cost else 1.0
-    shown = (factor * place.mean, quality.factor * value.mean, factor * (place.std or 0.0), quality.factor * (value.std or 0.0))
+    shown = (factor * place.mean, quality.factor * value.mean, factor * (place.std or 0.0), quality.factor * (value.uncertainty or 0.0))
     return Point(entry.steps, *shown)
 
 
@@ -243,7 +255,7 @@ def _cell(report: Report, entry: Entry, metric: Metric) -> Cell:
     if value is None:
         return Cell("–", None)
     samples = "" if _common_samples(report, metric) else value.count
-    return Cell(metric.plus_minus(value.mean, value.std), report.verdict(entry, metric), samples)
+    return Cell(metric.plus_minus(value.mean, value.uncertainty), report.verdict(entry, metric), samples)
 
 
 def _model_facts(model: Model) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 import report_text
 from pictures import Curve, Point, as_svg, grid, quality_plot, save_grid
-from report import Column, Entry, Model, Report, ScoredPrompt, Value, judged
+from report import Column, Entry, Model, Report, ScoredPrompt, Value, judged, value_from
 from report_html import render
 from report_markdown import fenced, plain, write_markdown
 from report_metrics import BY_KEY, METRICS, metric_named
@@ -122,17 +124,32 @@ def decoded(uri: str) -> bytes:
 def test_verdict_is_welchs_test(ours: list[float], theirs: list[float]) -> None:
     differs = scipy.stats.ttest_ind(ours, theirs, equal_var=False).pvalue < 0.05
     expected = ("better" if sum(ours) / len(ours) < sum(theirs) / len(theirs) else "worse") if differs else "within noise"
-    assert judged(DISTANCE, ours, theirs) == expected
+    assert judged(DISTANCE, value(*ours), value(*theirs)) == expected
 
 
 def test_verdict_follows_the_direction_of_the_metric() -> None:
-    low, high = [0.40, 0.41, 0.42], [0.60, 0.61, 0.62]
+    low, high = value(0.40, 0.41, 0.42), value(0.60, 0.61, 0.62)
     assert judged(DISTANCE, low, high) == "better" and judged(BY_KEY["recall"], low, high) == "worse"
-    assert judged(SPREAD, [1.1, 1.11, 1.12], [0.7, 0.71, 0.72]) == "better"  # nearer to 1, though higher
-    assert judged(SPREAD, [0.8, 0.81, 0.82], [1.2, 1.19, 1.18]) == "within noise"  # as far on the other side
-    assert judged(DISTANCE, [0.4], [0.9]) == "one seed"
+    assert judged(SPREAD, value(1.1, 1.11, 1.12), value(0.7, 0.71, 0.72)) == "better"  # nearer to 1, though higher
+    assert judged(SPREAD, value(0.8, 0.81, 0.82), value(1.2, 1.19, 1.18)) == "within noise"  # as far on the other side
     evaluations = BY_KEY["network_evaluations_per_image"]  # a number without noise
-    assert judged(evaluations, [2, 2], [50, 50]) == "better" and judged(evaluations, [2, 2], [2, 2]) == "within noise"
+    for seeds in (1, 2):
+        assert judged(evaluations, value(*[2.0] * seeds), value(*[50.0] * seeds)) == "better"
+        assert judged(evaluations, value(*[2.0] * seeds), value(*[2.0] * seeds)) == "within noise"
+    assert (
+        judged(DISTANCE, value(0.5, 0.5), value(0.4, 0.4)) == "worse"
+        and judged(DISTANCE, value(0.4, 0.4), value(0.4, 0.4)) == "within noise"
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "errors", "expected"), [(0.3, (0.1, 0.1), "better"), (0.3, (0.12, 0.1), "within noise"), (0.3, (0.0, 0.1), "one seed")]
+)
+def test_one_seed_is_judged_by_the_errors_of_the_metric(difference: float, errors: tuple[float, float], expected: str) -> None:
+    ours, theirs = (replace(value(0.5 - part), error=error) for part, error in zip((difference, 0), errors))
+    assert judged(DISTANCE, ours, theirs) == expected
+    assert expected == "one seed" or (expected == "better") == (scipy.stats.norm.cdf(-difference, scale=np.hypot(*errors)) < 0.025)
+    assert judged(DISTANCE, value(0.4), value(0.9)) == "one seed"
 
 
 def test_reference_is_the_best_of_eight_steps_or_more() -> None:
@@ -148,6 +165,8 @@ def test_main_metric_is_common_to_all() -> None:
     with pytest.raises(ValueError, match="no quality metric is common"):
         assert replace(report, students=(replace(report.students[0], entries=(only_kid,)),)).main_metric
     assert report.main_metric is DISTANCE and [metric.key for metric in report.metrics][-1] == "seconds_per_image"
+    counted = replace(report.reference, values=report.reference.values | {"timed_images": value(18)})
+    assert replace(report, teacher=replace(report.teacher, entries=(counted,))).metrics == report.metrics
 
 
 def test_times_of_another_device_are_not_compared() -> None:
@@ -188,7 +207,7 @@ def test_differences_within_noise_are_marked(tmp_path: Path) -> None:
     assert "| noisy | 8 | 0.500 ± 0.200, ≈ within noise |" in markdown
     assert "0.500 ± 0.200≈ within noise" in Page(render(report)).cells
     one_seed = replace(report, students=(replace(noisy, entries=(entry("noisy", 8, 0.3),)),))
-    assert "noise is unknown" in report_text.summaries(one_seed)[0].sentence and "With one noise seed" in Page(render(one_seed)).text
+    assert "the noise is unknown" in report_text.summaries(one_seed)[0].sentence and "With one noise seed," in Page(render(one_seed)).text
 
 
 def test_every_number_stands_in_both_reports(tmp_path: Path) -> None:
@@ -200,7 +219,7 @@ def test_every_number_stands_in_both_reports(tmp_path: Path) -> None:
     markdown, page = write_markdown(report, tmp_path).read_text(), Page(render(report))
     for found in report.entries:
         for name, metric in found.values.items():
-            assert f"| {found.model} | {found.steps} | {name} | {metric.mean:.6g} | " in markdown
+            assert re.search(rf"\| {found.model} \| {found.steps} \| {name} \| {metric.mean:.6g} \| .* \| {metric.samples} \|", markdown)
             for number in (metric.mean, metric.std, *metric.per_seed.values()):
                 assert f"{number:.6g}" in page.cells and f" {number:.6g} |" in markdown
             shown = metric_named(name).plus_minus(metric.mean, metric.std)
@@ -210,14 +229,20 @@ def test_every_number_stands_in_both_reports(tmp_path: Path) -> None:
 
 def test_each_number_has_its_samples_and_each_metric_its_direction_and_meaning() -> None:
     page = Page(render(small_report()))
-    assert "Fréchet distance ↓5,000 × 3" in page.cells and "within-class spread → 15,000 × 3" in page.cells
-    assert f"Fréchet distance ↓{DISTANCE.meaning} Lower is better." in "".join(page.texts)
+    assert (
+        "Fréchet distance\N{NO-BREAK SPACE}↓5,000 × 3" in page.cells and "within-class spread\N{NO-BREAK SPACE}→ 15,000 × 3" in page.cells
+    )
+    assert f"Fréchet distance\N{NO-BREAK SPACE}↓{DISTANCE.meaning} Lower is better." in "".join(page.texts)
     report = small_report()
     fewer = replace(report.students[0].entries[0], values=report.students[0].entries[0].values | {"recall": value(0.9, 0.91, samples=100)})
     more = replace(report.teacher.entries[1], values=report.teacher.entries[1].values | {"recall": value(0.8, 0.81)})
     teacher, student = replace(report.teacher, entries=(more,)), replace(report.students[0], entries=(fewer,))
     mixed = Page(render(replace(report, teacher=teacher, students=(student,))))
-    assert "recall ↑" in mixed.cells and "0.905 ± 0.007better100 × 2" in mixed.cells and "0.805 ± 0.007reference5,000 × 2" in mixed.cells
+    assert (
+        "recall\N{NO-BREAK SPACE}↑" in mixed.cells
+        and "0.905 ± 0.007better100 × 2" in mixed.cells
+        and "0.805 ± 0.007reference5,000 × 2" in mixed.cells
+    )
     assert all(metric.meaning.endswith(".") and metric.direction for metric in METRICS)
 
 
@@ -301,14 +326,18 @@ def test_a_page_fits_narrow_screens_and_both_colour_schemes() -> None:
     assert "prefers-color-scheme: dark" in html and re.search(r"\.scroll \{ overflow-x: auto", html)
 
 
-def test_reading_a_result() -> None:
-    metric = {"mean": 2.0, "std": 0.5, "samples": 40, "per_seed": {"0": 1.5, "1": 2.5}}
+def test_reading_a_result(tmp_path: Path) -> None:
+    metric: dict[str, Any] = {"mean": 2.0, "std": 0.5, "samples": 40, "per_seed": {"0": 1.5, "1": 2.5}}
     result = {"num_inference_steps": None, "metrics": {"network_evaluations_per_image": metric}}
     result["environment"] = {"device": "cpu (x86_64)", "cpu_threads": 1, "batch_size": 250}
-    read = entry_from(result, "m")
+    read = entry_from(result, "m", tmp_path)
     assert read.steps == 2 and read.values["network_evaluations_per_image"] == Value(2.0, 0.5, 40, {"0": 1.5, "1": 2.5})
     assert read.environment == "cpu (x86_64), 1 CPU thread(s), batches of 250"
-    assert entry_from(result, "m", own_steps=4).steps == 4 and entry_from(result | {"num_inference_steps": 8}, "m", 4).steps == 8
+    (tmp_path / "distillation.json").write_text(json.dumps({"samplers": [{"timesteps": [999, 749, 499, 249]}, {"timesteps": [999]}]}))
+    assert entry_from(result, "m", tmp_path).steps == 4 and entry_from(result | {"num_inference_steps": 8}, "m", tmp_path).steps == 8
+    known = metric | {"std": None, "error_per_seed": {"0": 0.1, "1": 0.3}, "feature_network": {"name": "clip", "sha256": "abc" * 20}}
+    assert value_from(known) == Value(2.0, None, 40, metric["per_seed"], pytest.approx(0.2), "clip (SHA-256 abcabcabcabc)")
+    assert value_from(known).uncertainty == pytest.approx(0.2) and value_from(metric).uncertainty == 0.5
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.5), (0.0005, 40.0), (-0.01, 0.2)])
