@@ -91,7 +91,7 @@ def export_student(
     record: dict[str, Any] = {**info, "samplers": served, "sampling": samplers[0].kind, "guidance_scale": samplers[0].guidance_scale}
     record |= {"scheduler": type(scheduler).__name__, "pipeline": type(pipe).__name__}
     record |= {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}
-    code = usage(served[0]["call"], family.condition_argument(conditions[:2]), _is_custom(exported))
+    code = usage(served[0]["call"], family.condition_argument(conditions[:2]), _is_custom(exported), family.output)
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
     temporary.mkdir(parents=True)

@@ -76,7 +76,7 @@ def main(request: dict[str, Any]) -> None:
         calls.clear()
         torch.manual_seed(request["seed"])
         condition = copy.deepcopy(request["condition"])  # Z-Image's pipeline writes into the list of prompts
-        images = pipe(**condition, **sampler["call"], output_type="pt").images
+        images = pipe(**condition, **sampler["call"], output_type="pt", return_dict=False)[0]  # of videos, the frames
         np.save(output / f"images_{i}.npy", images.float().cpu().numpy())
         np.save(output / f"x0_{i}.npy", last["x0"].float().cpu().numpy())
         all_calls.append(list(calls))

@@ -6,9 +6,20 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+SAVING = {  # by the field of the pipeline's output
+    "images": ("images = pipe({}).images", 'images[0].save("sample.png")'),
+    "frames": (
+        'video = pipe({}, output_type="pil").frames[0]',
+        'video[0].save("sample.gif", save_all=True, append_images=video[1:], duration=62)  # or diffusers.utils.export_to_video',
+    ),
+}
 
-def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline: bool) -> str:
-    """Python code that samples the student as it was trained; it runs as it stands inside the exported folder."""
+
+def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline: bool, output: str = "images") -> str:
+    """Python code that samples the student as it was trained; it runs as it stands inside the exported folder.
+
+    `output` is the field of the pipeline's output: "images", or "frames" for videos.
+    """
     options = ", trust_remote_code=True" if custom_pipeline else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in [*condition.items(), *call.items()])
     return "\n".join(
@@ -16,8 +27,7 @@ def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("."{options})  # "." is this folder; its name on the Hub works as well',
-            f"images = pipe({arguments}).images",
-            'images[0].save("sample.png")',
+            *(line.replace("{}", arguments) for line in SAVING[output]),
         ]
     )
 
@@ -37,7 +47,7 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
         base_model=None if local else teacher,
         library_name="diffusers",
         license=record.get("license"),
-        pipeline_tag="text-to-image" if "prompt" in code else None,
+        pipeline_tag=("text-to-video" if ".frames" in code else "text-to-image") if "prompt" in code else None,
         tags=["diffusion-distill", "distillation", "few-step"],
     )
     name = Path(teacher).name if teacher and local else teacher

@@ -11,6 +11,7 @@ from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 from .unet2d import ClassConditionalUNet2D
+from .wan import Wan
 from .z_image import ZImage
 
 FAMILIES: dict[str, Family] = {
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
         PixArt(),
         Sana(),
         DiT(),
+        Wan(),
     )
     for name in family.pipelines
 }

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ class Family(ABC):
     component: ClassVar[str]  # attribute of the pipeline that holds the denoising network
     expert_components: ClassVar[tuple[str, ...]] = ()  # attributes for the networks of later steps, where a pipeline can switch
     lora_targets: ClassVar[tuple[str, ...]]  # peft `target_modules`
+    output: ClassVar[Literal["images", "frames"]] = "images"  # field of the pipeline's output
 
     @abstractmethod
     def call(self, model: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -49,6 +50,14 @@ class Family(ABC):
         """(channels, pixels of a side) of the images that `encode_images` takes; latent families take RGB."""
         return 3, self.sample_shape(pipe, resolution)[-1] * pipe.vae_scale_factor
 
+    def set_video_size(self, pipe: Any, frames: int, height: int, width: int) -> None:
+        """Let teacher and student draw videos of this size, in frames and pixels.
+
+        Raises:
+            InputError: for a pipeline that draws no videos, and a size that it cannot draw.
+        """
+        raise reject("video_size", (frames, height, width), f"none: a {type(pipe).__name__} draws no videos")
+
     def num_classes(self, pipe: Any) -> int | None:
         """Number of class labels; None for a pipeline of prompts."""
         return None
@@ -71,7 +80,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, pipe: Any, x0: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], unclamped, from x0 (B, ...)."""
+        """Images (B, C, H, W), or the frames (B, F, C, H, W) of videos, in [-1, 1], unclamped, from x0 (B, ...)."""
 
     @abstractmethod
     def pipeline_call(self, timesteps: Sequence[float], schedule_length: int, resolution: int | None = None) -> dict[str, Any]:

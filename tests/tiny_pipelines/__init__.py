@@ -8,7 +8,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from .flow_transformers import flux, qwen_image, z_image
-from .latent_transformers import dit, pixart_alpha, pixart_sigma, sana
+from .latent_transformers import dit, pixart_alpha, pixart_sigma, sana, wan
 from .stable_diffusion import class_conditional, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -20,6 +20,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_sigma": pixart_sigma,
     "sana": sana,
     "class_dit": dit,
+    "wan": wan,
     "flux": flux,
     "flux_schnell": partial(flux, guidance=False),
     "qwen_image": qwen_image,
@@ -46,7 +47,12 @@ def resolution_of(pipe: Any) -> int | None:
 
 
 # Arguments without which these pipelines draw another size than they are asked for.
-OWN_SIZE = dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline"), {"use_resolution_binning": False})
+OWN_SIZE: dict[str, dict[str, Any]] = {
+    "PixArtAlphaPipeline": {"use_resolution_binning": False},
+    "PixArtSigmaPipeline": {"use_resolution_binning": False},
+    "SanaPipeline": {"use_resolution_binning": False},
+    "WanPipeline": {"num_frames": 5, "height": 16, "width": 16},
+}
 
 
 def size_arguments(pipe: Any) -> dict[str, Any]:
