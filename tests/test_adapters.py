@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from test_trainer import trainer
-from tiny_pipelines import PIPELINES, class_conditional, example_conditions
+from tiny_pipelines import PIPELINES, class_conditional, example_conditions, resolution_of
 from torch import Tensor, nn
 
 from diffusion_distill.adapters import Adapter, adapter_parameters, add_adapter, checkpointed, remove_adapters, switched_on
@@ -21,7 +21,7 @@ from diffusion_distill.methods import DMD2, VSD
 from diffusion_distill.networks import Networks
 from diffusion_distill.train_config import TrainConfig
 
-NAMES = ["stable_diffusion", "stable_diffusion_3", "class_conditional_flow"]
+NAMES = ["stable_diffusion", "stable_diffusion_3", "flux", "qwen_image", "z_image", "class_conditional_flow"]
 SMALL = Adapter(rank=2, alpha=3.0, targets=("to_q", "to_v"))
 
 
@@ -36,9 +36,10 @@ class Shared:
             add_adapter(self.teacher.model, role, SMALL)
         fill(self.teacher.model)
         self.fake_score, self.other = (self.role(name) for name in ("fake_score", "other"))
-        family, conditions = self.teacher.family, example_conditions(self.pipe)
-        self.cond = family.encode_conditions(self.pipe, conditions)
-        self.x_t = torch.randn(len(conditions), *family.sample_shape(self.pipe), generator=torch.Generator().manual_seed(3))
+        family, conditions, resolution = self.teacher.family, example_conditions(self.pipe), resolution_of(self.pipe)
+        self.cond = family.encode_conditions(self.pipe, conditions, resolution)
+        shape = (len(conditions), *family.sample_shape(self.pipe, resolution))
+        self.x_t = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         self.t = self.teacher.schedule.timestep(torch.full((len(conditions),), 0.6))
 
     def role(self, name: str) -> Denoiser:

@@ -37,6 +37,7 @@ GRIDS = {
     4: {"vp": [999, 749, 499, 249], "flow": [1000, 750, 500, 250]},
     8: {"vp": [999, 874, 749, 624, 499, 374, 249, 124], "flow": [1000, 875, 750, 625, 500, 375, 250, 125]},
 }
+FLOW_TRANSFORMERS = ("flux", "qwen_image", "z_image")
 INFO = {"teacher": "owner/teacher", "method": "DMD2", "hyper_parameters": {"learning_rate": 1e-5}, "packages": {"torch": "2"}}
 
 
@@ -99,7 +100,9 @@ def test_diffusers_samples_what_the_trainer_samples(name: str, kind: Kind, steps
     assert exported.student.training
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "class_conditional_v"])
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", *FLOW_TRANSFORMERS, "class_conditional_v"]
+)
 @pytest.mark.parametrize(
     ("kind", "grid"), [("sde", [399]), ("ode", [399]), ("sde", [900, 399, 20]), ("ode", [900, 399, 20]), ("ode", [999, 666, 332])]
 )
@@ -192,7 +195,7 @@ def test_a_tampered_folder_fails(name: str, file: str, changes: dict[str, Any], 
 # ------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("name", ["class_conditional_flow", "stable_diffusion", "stable_diffusion_3"])
+@pytest.mark.parametrize("name", ["class_conditional_flow", "stable_diffusion", "stable_diffusion_3", *FLOW_TRANSFORMERS])
 def test_lora_adapters_are_merged_in_a_copy(name: str, tmp_path: Path, in_process: None) -> None:
     pipe = PIPELINES[name]()
     student: Any = trainable_copy(denoiser_of(pipe))
