@@ -1,16 +1,18 @@
-# make demo | test | check | clean. Another interpreter: make test PYTHON=python3.12
+# make demo | test | check | soak | clean. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= outputs/demo
+SOAK_KILLS ?= 200
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check soak format clean
 
 help:
 	@echo "make demo     distil the digits teacher and compare it with its student, into $(DEMO_DIR)"
 	@echo "make test     the whole test suite, on the CPU"
 	@echo "make check    formatting, lint, types, layering"
+	@echo "make soak     kill training $(SOAK_KILLS) times and look at what is left (docs/reliability.md)"
 	@echo "make format   format and fix what can be fixed"
 	@echo "make clean    remove the virtual environment and caches; outputs/ stays"
 
@@ -34,6 +36,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy diffusion_distill
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_layers.py
+
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --kills $(SOAK_KILLS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

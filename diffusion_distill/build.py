@@ -22,6 +22,7 @@ from .errors import InputError, reject
 from .families import family_of
 from .methods import Method
 from .networks import Networks, trainable_copy
+from .prediction import PREDICTION_TYPES
 from .random import derive_seed
 from .schedule import NoiseSchedule, prediction_type_of
 from .train_config import TrainConfig
@@ -34,11 +35,13 @@ def load_pipeline(teacher: TeacherConfig) -> Any:
         InputError: when diffusers cannot load it, with its reason in one line.
     """
     options = {"revision": teacher.revision, "variant": teacher.variant, "trust_remote_code": teacher.trust_remote_code}
+    options["use_safetensors"] = None if teacher.allow_bin_weights else True
     try:
         with _pipeline_code_to_itself() if teacher.trust_remote_code else nullcontext():
             return DiffusionPipeline.from_pretrained(teacher.pretrained_model_name_or_path, **options)
-    except (OSError, ValueError, AttributeError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # whatever a damaged folder, or code of its own, makes diffusers and transformers raise
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        reason = kind + " ".join(str(error).split())
         raise InputError(f"pretrained_model_name_or_path: cannot load {teacher.pretrained_model_name_or_path!r}: {reason}") from error
 
 
@@ -52,11 +55,17 @@ def _pipeline_code_to_itself() -> Iterator[None]:
 
 
 def teacher_denoiser(pipe: Any) -> Denoiser:
-    """The pipeline's own network, frozen, in evaluation mode."""
+    """The pipeline's own network, frozen, in evaluation mode. InputError: a pipeline of several networks."""
     family = family_of(pipe)
+    for name in family.expert_components:
+        if (later := pipe.components.get(name)) is not None:
+            raise reject(name, type(later).__name__, "a teacher of one network; this pipeline changes to another on the way")
     model = getattr(pipe, family.component)
     model.requires_grad_(False).eval()
-    return Denoiser(model, NoiseSchedule.from_scheduler(pipe.scheduler), prediction_type_of(pipe.scheduler), family)
+    kind = prediction_type_of(pipe.scheduler)
+    if kind not in PREDICTION_TYPES:
+        raise reject("scheduler.prediction_type", kind, "accepted: " + ", ".join(PREDICTION_TYPES))
+    return Denoiser(model, NoiseSchedule.from_scheduler(pipe.scheduler), kind, family)
 
 
 def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None) -> Networks:

@@ -5,10 +5,12 @@ final values, so a wrong value reads the same wherever it came from.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
+import io
 import math
 import re
 import sys
@@ -41,6 +43,8 @@ class TeacherConfig:
     """Variant of the weight files, such as fp16."""
     trust_remote_code: bool = False
     """Run pipeline code that comes with the weights."""
+    allow_bin_weights: bool = False
+    """Read weights that are stored as pickles (.bin) alone, with torch's restricted reader. Off: safetensors only."""
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
@@ -50,24 +54,43 @@ class TeacherConfig:
 def parse(argv: Sequence[str] | None, *groups: type, prog: str, description: str) -> tuple[Any, ...]:
     """One instance of each group from flags, `--config file.yaml` and defaults, in falling order of precedence.
 
-    `argv` None reads the process's own arguments. Wrong values and files raise InputError; wrong usage (unknown or missing
-    flags, text where a number is due) and `--help` print and exit with 2 and 0.
+    `argv` None reads the process's own arguments. `--help` prints and exits.
+
+    Raises:
+        InputError: for wrong usage (unknown or missing flags, text where a number is due), wrong values and wrong files.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     assert "config" not in _types(groups), "the field name 'config' is taken by the flag --config"
-    finder = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    finder = _Finder(prog=prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     given = {} if path is None else _convert_all(groups, read_yaml(path), path)
-    drafts = tyro.cli(
-        _draft_of_all(groups, given),
-        args=argv,
-        prog=prog,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-    )
+    drafts = _from_flags(_draft_of_all(groups, given), argv, prog, description)
     return tuple(group(**_values(getattr(drafts, group.__name__))) for group in groups)
+
+
+class _Finder(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _from_flags(draft: type[Any], argv: Sequence[str], prog: str, description: str) -> Any:
+    said = io.StringIO()
+    options = (tyro.conf.OmitArgPrefixes,)
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(draft, args=argv, prog=prog, description=description, config=options, use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(f"{_without_frame(said.getvalue())}; {prog} --help explains every flag") from None
+
+
+def _without_frame(text: str) -> str:
+    """What tyro says in a box of several lines, without its title and its closing advice."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in text.splitlines() if not line.startswith("╭")]
+    words = " ".join(filter(None, lines))
+    return words.split(" For full helptext")[0].rstrip(".;")
 
 
 @overload

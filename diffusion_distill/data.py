@@ -143,6 +143,16 @@ def build_dataset(
     return ConditionDataset(conditions, files)
 
 
+def check_sources(config: DataConfig, needs_images: bool, needs_pairs: bool) -> None:
+    """Raise InputError for what is wrong with the sources themselves, whatever the teacher. No image is opened."""
+    if needs_images:
+        _check_has_images(config)
+    if config.train_data_dir:
+        _read_folder(config, needs_images, None)
+    else:
+        build_dataset(config, needs_images=False, needs_pairs=needs_pairs, channels=None, resolution=None)
+
+
 def fingerprint(dataset: Dataset[Any]) -> dict[str, Any]:
     """Number of samples and, of the classes of this package, a SHA-256 that tells one set from another.
 
@@ -210,10 +220,14 @@ def _square(image: Image.Image, side: int, center_crop: bool) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
-def _check_image_settings(config: DataConfig, channels: int | None, side: int | None) -> None:
+def _check_has_images(config: DataConfig) -> None:
     if not config.train_data_dir and not config.dataset:
         source = "prompts_file" if config.prompts_file else "pairs_dir" if config.pairs_dir else "num_classes"
         raise InputError(f"{source}: it holds no images; give train_data_dir (or dataset), or choose settings that need no images")
+
+
+def _check_image_settings(config: DataConfig, channels: int | None, side: int | None) -> None:
+    _check_has_images(config)
     if channels not in PIL_MODES:
         raise reject("channels", channels, "the teacher's images must have 1 channel (grey) or 3 (RGB)")
     if side is None:
@@ -248,6 +262,7 @@ def _read_folder(config: DataConfig, needs_images: bool, num_classes: int | None
     if not root.is_dir():
         raise reject("train_data_dir", str(root), "an existing folder")
     if (root / "metadata.jsonl").is_file():
+        _check_inside(root.resolve(), root / "metadata.jsonl", "train_data_dir")
         return _read_metadata(root, config.caption_column, needs_images, num_classes)
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes or any(_is_image(p.name) for p in root.iterdir()):
@@ -277,7 +292,11 @@ def _images_below(root: Path, folder: Path) -> list[Path]:
 
 
 def _check_inside(real_root: Path, path: Path, where: str) -> None:
-    if not path.resolve().is_relative_to(real_root):
+    try:
+        inside = path.resolve().is_relative_to(real_root)
+    except (OSError, ValueError):  # a loop of links, a name that is too long, a null byte
+        raise reject(where, str(path)[:200], "no such file can be") from None
+    if not inside:
         raise reject(where, str(path), f"a file inside {real_root}; links out of the folder are not followed")
 
 
@@ -296,16 +315,23 @@ def _read_metadata(root: Path, caption_column: str, needs_images: bool, num_clas
             raise reject(f"{where}: file_name", name, "the path of an image, relative to the folder")
         if needs_images:
             _check_inside(real_root, root / name, f"{where}: file_name")
-            if not (root / name).is_file():
-                raise reject(f"{where}: file_name", name, f"no such file in {root}")
+            if not _is_file(root / name):
+                raise reject(f"{where}: file_name", name[:200], f"no such file in {root}")
             paths.append(root / name)
     return conditions, paths
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, a number of thousands of digits, a nesting as deep
         row = None
     if not isinstance(row, dict):
         raise reject(where, line[:80], "a JSON object on each line")

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from . import parallel
 from .build import load_pipeline
 from .config import TeacherConfig, to_mapping
 from .data import DataConfig, build_dataset
 from .export import check_exportable, export_student, push_to_hub, verify_export
 from .families import family_of
 from .methods import METHODS, Method
+from .preflight import check_input
 from .provenance import provenance, write_json
 from .train_config import TrainConfig
 from .trainer import Trainer
@@ -53,12 +55,13 @@ def distill(
         _export(trainer, pipe, folder, teacher)
         if config.push_to_hub:
             print("uploaded to", push_to_hub(folder, config.hub_model_id or trainer.output_dir.name))
-    trainer.accelerator.wait_for_everyone()
+    parallel.meet(config.rank_timeout)
     return folder
 
 
 def run(method: Method, teacher: TeacherConfig, data: DataConfig, config: TrainConfig) -> Path:
     """`distill` with everything read from configuration, as the command line does."""
+    check_input(teacher, data, config, needs_images=method.needs_images, needs_pairs=method.needs_pairs)
     pipe = load_pipeline(teacher)
     family = family_of(pipe)
     channels, side = family.image_shape(pipe, data.resolution)

@@ -38,13 +38,22 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """The content of `pairs.json`, None where there is none. InputError: one that this module did not write."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if {"settings", "conditions", "shards"} <= index.keys():
+        if _is_index(index):
             return index
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
         pass
     raise InputError(f"{folder / INDEX}: not the index of a set of pairs")
+
+
+def _is_index(index: dict[str, Any]) -> bool:
+    """Whether every entry that is read later is there; other exceptions than KeyError mean no as well."""
+    settings, shards = index["settings"], index["shards"]
+    numbers = [settings["num_pairs"], settings["shard_size"], *settings["sample_shape"], len(index["conditions"])]
+    numbers += [value for entry in shards for value in (entry["pairs"], entry["bytes"] + 1, len(entry["sha256"]))]
+    counted = sum(entry["pairs"] for entry in shards) == settings["num_pairs"] or not shards
+    return counted and all(type(number) is int and number > 0 for number in numbers)
 
 
 class PairDataset(Dataset[dict[str, Any]]):

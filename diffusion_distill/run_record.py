@@ -10,8 +10,18 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from .diagnostics import Watch
+from .errors import reject
 from .provenance import write_json
 from .train_config import TrainConfig
+
+
+def claim(folder: Path, resume_from_checkpoint: str | None) -> bool:
+    """Whether a run has written to `folder` before. InputError: it has, and is not to be continued."""
+    begun = (folder / "run.json").exists()
+    if begun and not resume_from_checkpoint:
+        wanted = "it already holds a run; choose another folder, or continue that run with --resume_from_checkpoint latest"
+        raise reject("output_dir", str(folder), wanted)
+    return begun
 
 
 class RunRecord:
@@ -20,11 +30,6 @@ class RunRecord:
     def __init__(self, folder: Path, accelerator: Accelerator, config: TrainConfig):
         self.folder, self.accelerator, self.config = folder, accelerator, config
         self.watch = Watch()
-
-    @property
-    def begun(self) -> bool:
-        """Whether a run has written here before."""
-        return (self.folder / "run.json").exists()
 
     def start(self, run: Mapping[str, Any], step: int) -> None:
         """Write run.json, and take up metrics.jsonl at `step`: lines after it, and one that a kill cut, are dropped."""

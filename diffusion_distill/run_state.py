@@ -58,12 +58,12 @@ class RunState:
 
 def check_finite(tensors: TensorGroups, step: int) -> None:
     """Raise NonFiniteError, naming group and tensor, for a value that is no number: such a checkpoint is of no use."""
-    for group, named in tensors.items():
-        floating = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
-        largest = torch._foreach_norm(list(floating.values()), torch.inf) if floating else ()
-        for name, norm in zip(floating, largest, strict=True):
-            if not norm.isfinite():
-                raise NonFiniteError(
-                    f"step {step}: {name!r} of {group!r} is no longer finite; checkpoint-{step} is not written, the one before is sound. "
-                    "Lower the learning rate, or raise the precision."
-                )
+    named = {(group, name): value for group, values in tensors.items() for name, value in values.items()}
+    floating = {key: value for key, value in named.items() if value.is_floating_point() and value.numel()}
+    finite = torch.stack([norm.double() for norm in torch._foreach_norm(list(floating.values()), torch.inf)]).isfinite()
+    if not finite.all():
+        group, name = list(floating)[int(finite.int().argmin())]
+        raise NonFiniteError(
+            f"step {step}: {name!r} of {group!r} is no longer finite; checkpoint-{step} is not written, the one before is sound. "
+            "Lower the learning rate, or raise the precision."
+        )

@@ -31,7 +31,7 @@ from .optim import build_optimizer, learning_rate_factor
 from .provenance import provenance
 from .random import SampleRandom, derive_seed
 from .redaction import redacted
-from .run_record import RunRecord
+from .run_record import RunRecord, claim
 from .run_state import RunState
 from .sampler import ode_sample, uniform_timesteps
 from .stops import Signals, Stopped
@@ -78,8 +78,8 @@ class Trainer:
         self.resolution, self.sample_shape = resolution, self.family.sample_shape(pipe, resolution)
         self.uncond = self.family.unconditional(pipe, 1, resolution)
         self.settings, self.fingerprint = redacted(to_mapping(method, config) | (settings or {})), fingerprint(dataset)
+        begun = claim(self.output_dir, config.resume_from_checkpoint)
         self.record = RunRecord(self.output_dir, self.accelerator, config)
-        self._claim_output_dir()
         self.nets = build_networks(pipe, method, config, resolution)
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
         if idle := set(method.student_roles).difference(*turns):
@@ -92,7 +92,7 @@ class Trainer:
         self.emas = {role: EMA(self.nets.parameters(role), config.ema_decay) for role in averaged}
         self.checkpoints = self._checkpoints()
         self.step = 0
-        if path := self.checkpoints.to_continue(begun=self.record.begun):
+        if path := self.checkpoints.to_continue(begun):
             self.load(path)
 
     @property
@@ -306,14 +306,6 @@ class Trainer:
         run = {"method": type(self.method).__name__, "settings": self.settings, "world_size": parallel.world_size()}
         run |= {"dataset": self.fingerprint, "samplers": [sampler.as_dict() for sampler in self.samplers]}
         return run | {"device": str(self.device), **provenance()}
-
-    def _claim_output_dir(self) -> None:
-        if not self.config.resume_from_checkpoint and self.record.begun:
-            raise reject(
-                "output_dir",
-                str(self.output_dir),
-                "it already holds a run; choose another folder, or continue that run with --resume_from_checkpoint latest",
-            )
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("checkpoint", "config", "data", "ema", "images", "parallel", "provenance", "train_config"),
     ("background", "batches", "build", "diagnostics", "divergence", "optim", "stops"),
     ("pair_writer", "run_record", "run_state"),
-    ("checkpointing",),
+    ("checkpointing", "preflight"),
     ("model_card", "student_scheduler"),
     ("counted_scheduler",),
     ("export", "export_child"),

@@ -15,10 +15,12 @@ from diffusion_distill.config import TeacherConfig, parse, run_cli
 from diffusion_distill.data import DataConfig, build_dataset
 from diffusion_distill.families import family_of
 from diffusion_distill.pair_writer import PairConfig, write_pairs
+from diffusion_distill.preflight import check_input
 
 
 def main() -> None:
     teacher, data, config = parse(None, TeacherConfig, DataConfig, PairConfig, prog="make_pairs.py", description=__doc__ or "")
+    check_input(teacher, data)
     pipe = load_pipeline(teacher)
     family = family_of(pipe)
     channels, side = family.image_shape(pipe, data.resolution)
