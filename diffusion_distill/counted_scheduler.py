@@ -68,7 +68,8 @@ def bent_grid(grid: Sequence[float], length: int) -> dict[str, float] | None:
     Such a scheduler spaces u evenly from 1 to b = q / (length - 1 + q), its smallest sigma, shifts by q, and stretches the result from 1
     to `shift_terminal`. With a_i = i (1 - b) / (n - 1), that is 1 - sigma_i = c a_i / (q - (q - 1) a_i): c follows from the last sigma, and
     q from r = (1 - sigma_1) / (1 - sigma_last), by A q^2 + (length - 1) (A - r + 1) q + (length - 1) (r - 1) = 0, A = r (n - 1) - 1.
-    Every evenly spaced grid with a shift has this form, and so has every one of two or three timesteps.
+    Every evenly spaced grid with a shift has this form, and so has every one of two or three timesteps, although the scheduler's float32
+    misses some of those where q is far below 1.
     """
     if grid[0] != length:
         return None
