@@ -12,10 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import HF_MODULES_CACHE
 from filelock import FileLock
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from .adapters import Adapter, add_adapter, checkpointed, remove_adapters
+from .adapters import Adapter, adapter_parameters, add_adapter, checkpointed, remove_adapters
 from .config import TeacherConfig
 from .denoiser import Denoiser
 from .errors import InputError, reject
@@ -69,7 +68,10 @@ def teacher_denoiser(pipe: Any) -> Denoiser:
 
 
 def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None) -> Networks:
-    """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank."""
+    """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank.
+
+    With `lora_rank` a copy is an adapter: on a frozen copy of its own, or, with `sharing` "shared", on the teacher's own weights.
+    """
     teacher = teacher_denoiser(pipe)
     remove_adapters(teacher.model)  # of an earlier training from this pipeline
     bf16 = config.mixed_precision == "bf16"
@@ -78,38 +80,28 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, 0x1217))
         for role in method.copies:
-            roles[role] = _trained(teacher, config, method.student_model if role in method.student_roles else None)
+            changed = method.student_model if role in method.student_roles else None
+            roles[role] = _shared(teacher, changed) if config.sharing == "shared" else _copied(teacher, config, changed)
         x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=pipe.device)
         t = teacher.schedule.timestep(torch.full((1,), 0.5, device=pipe.device))
         with torch.no_grad():
             roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
     if bf16:
         teacher.model.to(torch.bfloat16)
-    roles |= {role: _adapted(teacher, role, adapter, config) for role, adapter in method.adapters.items()}
+    copies = dict.fromkeys(method.copies if config.lora_rank else (), Adapter(config.lora_rank, config.lora_alpha or config.lora_rank))
+    roles |= {role: _adapted(roles.get(role, teacher), role, adapter, config) for role, adapter in (copies | method.adapters).items()}
     nets = Networks(teacher=teacher, **roles)
-    nets.add(**{role: copy.deepcopy(nets.student) for role in method.followers})
+    nets.add(**{role: _follower(nets.student, role, copies.get("student"), config) for role in method.followers})
     nets.add(**method.views(nets))
     return nets
 
 
-def _adapted(teacher: Denoiser, role: str, adapter: Adapter, config: TrainConfig) -> Denoiser:
-    """A role on the teacher's own weights, with nothing of its own but an adapter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config.seed, 0xADA, zlib.crc32(role.encode())))
-        add_adapter(teacher.model, role, replace(adapter, targets=adapter.targets or tuple(teacher.family.lora_targets)))
-    if config.gradient_checkpointing:
-        model: Any = teacher.model
-        model.enable_gradient_checkpointing(checkpointed)
-    return Denoiser(teacher.model, teacher.schedule, teacher.prediction_type, teacher.family, teacher.autocast_dtype, role)
-
-
-def _trained(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Module], nn.Module] | None) -> nn.Module:
+def _copied(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Module], nn.Module] | None) -> Denoiser:
+    """A trainable copy of the teacher, or the network that `changed` makes of it."""
     copied: Any = trainable_copy(teacher)
     copied.family = teacher.family
     if changed is not None:
         copied.model = changed(copied.model).float().requires_grad_(True).train()
-    if config.gradient_checkpointing:
-        copied.model.enable_gradient_checkpointing()
     if config.lora_rank:
         own = {name: p.shape for name, p in copied.model.named_parameters()}
         if any(own.get(name) != p.shape for name, p in teacher.model.named_parameters()):
@@ -117,9 +109,35 @@ def _trained(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Modul
                 "lora_rank", config.lora_rank, "0 for a student that is another network than the teacher's: its weights are random"
             )
         copied.requires_grad_(False)
-        lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha or config.lora_rank, target_modules=list(teacher.family.lora_targets)
-        )
-        inject_adapter_in_model(lora, copied.model)
-    trained: nn.Module = copied
+    elif config.gradient_checkpointing:
+        copied.model.enable_gradient_checkpointing()
+    trained: Denoiser = copied
     return trained
+
+
+def _shared(teacher: Denoiser, changed: Callable[[nn.Module], nn.Module] | None) -> Denoiser:
+    if changed is not None and changed(teacher.model) is not teacher.model:
+        raise reject("sharing", "shared", "'full' for this method: its student is another network than the teacher's")
+    return teacher
+
+
+def _adapted(base: Any, role: str, adapter: Adapter, config: TrainConfig) -> Denoiser:
+    """A role on the weights of `base`, with nothing of its own but an adapter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, 0xADA, zlib.crc32(role.encode())))
+        add_adapter(base.model, role, replace(adapter, targets=adapter.targets or tuple(base.family.lora_targets)))
+    if config.gradient_checkpointing:
+        base.model.enable_gradient_checkpointing(checkpointed)
+    return Denoiser(base.model, base.schedule, base.prediction_type, base.family, base.autocast_dtype, role)
+
+
+@torch.no_grad()
+def _follower(student: Denoiser, role: str, adapter: Adapter | None, config: TrainConfig) -> Denoiser:
+    """A copy of the student as it starts; of an adapter on the same weights where the student is one."""
+    if adapter is None:
+        return copy.deepcopy(student)
+    follower = _adapted(student, role, adapter, config)
+    own, followed = (adapter_parameters(student.model, name).values() for name in (role, str(student.adapter)))
+    for p, q in zip(own, followed, strict=True):
+        p.copy_(q)
+    return follower

@@ -19,7 +19,16 @@ from .train_config import TrainConfig
 from .trainer import Trainer
 
 STUDENT = "student"
-LOOP_SETTINGS = ("max_train_steps", "learning_rate", "lr_scheduler", "ema_decay", "lora_rank", "mixed_precision", "seed")  # for the card
+LOOP_SETTINGS = (
+    "max_train_steps",
+    "learning_rate",
+    "lr_scheduler",
+    "ema_decay",
+    "lora_rank",
+    "sharing",
+    "mixed_precision",
+    "seed",
+)  # for the card
 
 
 def distill(

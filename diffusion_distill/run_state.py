@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import adapter_parameters
 from .checkpoint import TensorGroups, load_optimizer_tensors, optimizer_tensors
 from .ema import EMA
 from .errors import NonFiniteError
@@ -23,8 +24,12 @@ class RunState:
     followers: Mapping[str, float]
 
     def follower(self, role: str) -> dict[str, Tensor]:
-        """What moves in a follower: the parameters that train in the student."""
-        own = dict(getattr(self.nets, role).named_parameters())
+        """What moves in a follower, by the names of the parameters that train in the student."""
+        net = getattr(self.nets, role)
+        if net.adapter:
+            moved = adapter_parameters(net, net.adapter).values()
+            return {name: p.detach() for name, p in zip(self.nets.parameters("student"), moved, strict=True)}
+        own = dict(net.named_parameters())
         return {name: own[name].detach() for name in self.nets.parameters("student")}
 
     def collect(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -49,6 +49,8 @@ class TrainConfig:
     """Rank of the LoRA adapter that trains in place of the weights. 0: full training."""
     lora_alpha: int | None = None
     """Scale of the LoRA adapter. None: the rank."""
+    sharing: Literal["full", "shared"] = "full"
+    """With LoRA: `full` gives each trained network a frozen copy of the weights; with `shared` all are adapters on the teacher's own."""
     checkpointing_steps: int = 500
     """Steps between two checkpoints; 0 writes one at the end only."""
     checkpoints_total_limit: int | None = None
@@ -93,6 +95,10 @@ class TrainConfig:
         for name, none in (("ema_decay", "0 (none)"), ("adam_beta1", "0"), ("adam_beta2", "0")):
             if not 0 <= getattr(self, name) < 1:
                 raise reject(name, getattr(self, name), f"{none} or a decay below 1")
+        if self.sharing == "shared" and not self.lora_rank:
+            raise reject(
+                "lora_rank", self.lora_rank, "1 or more with sharing 'shared': one copy of the weights cannot be trained in two ways"
+            )
         for name in ("lora_alpha", "checkpoints_total_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise reject(name, getattr(self, name), "1 or more, or none")
