@@ -5,6 +5,8 @@ DEMO_DIR ?= outputs/demo
 SOAK_KILLS ?= 200
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What tests of eval/ compare with, off the path: it asks for torchvision, and torchmetrics would import it.
+REFERENCES := torch-fidelity==0.4.0
 
 .PHONY: help install demo test check soak format clean
 
@@ -22,6 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/references --upgrade $(REFERENCES)
 	@touch $@
 
 demo: $(INSTALLED)

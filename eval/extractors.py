@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from image_files import file_sha256
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 DINOV2, CLIP, CLASSIFIER = "facebook/dinov2-large", "openai/clip-vit-large-patch14", "google/vit-base-patch16-224"
@@ -254,7 +255,7 @@ def _model_folder(name: str, weights: Path | None, hub_name: str) -> Path:
 def _load(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"weights: {folder} holds no whole {kind.__name__} ({str(error).splitlines()[0]})") from error
 
 
