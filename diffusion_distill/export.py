@@ -26,7 +26,9 @@ from .errors import InputError, reject
 from .experts import Experts, Student, denoisers, expert_number, with_models
 from .families import Family
 from .images import save_grid
-from .model_card import model_card, usage
+from .lora_export import FOLDER as LORA
+from .lora_export import save_lora
+from .model_card import lora_usage, model_card, usage
 from .sampler import FewStepSampler
 from .student_scheduler import student_scheduler
 
@@ -66,7 +68,8 @@ def export_student(
 
     Args:
         pipe: the teacher's pipeline; it is left as it is.
-        student: LoRA adapters are merged in a copy. Several experts need a pipeline that switches between networks.
+        student: LoRA adapters are merged in a copy, and written beside it where the pipeline can load them. Several experts need a
+            pipeline that switches between networks.
         samplers: every sampler that the student serves, the default first.
         info: what `distillation.json` and the model card tell besides the sampling: teacher, method, hyper_parameters, metrics,
             license, commit, packages (each may be missing).
@@ -91,7 +94,8 @@ def export_student(
     record: dict[str, Any] = {**info, "samplers": served, "sampling": samplers[0].kind, "guidance_scale": samplers[0].guidance_scale}
     record |= {"scheduler": type(scheduler).__name__, "pipeline": type(pipe).__name__}
     record |= {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}
-    code = usage(served[0]["call"], family.condition_argument(conditions[:2]), _is_custom(exported), family.output)
+    example = served[0]["call"], family.condition_argument(conditions[:2])
+    code = usage(*example, _is_custom(exported), family.output)
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
     temporary.mkdir(parents=True)
@@ -99,7 +103,10 @@ def export_student(
         exported.save_pretrained(temporary)
         if images is not None:
             save_grid(images, temporary / SAMPLES)
-        card = model_card(record, code, SAMPLES if images is not None else None, conditions)
+        lora_code = None
+        if save_lora(pipe, student, family, temporary / LORA):
+            lora_code = lora_usage(record.get("teacher"), record["scheduler"], LORA, *example, family.output)
+        card = model_card(record, code, SAMPLES if images is not None else None, conditions, lora_code)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _put_in_place(temporary, folder)

@@ -21,18 +21,40 @@ def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline
     `output` is the field of the pipeline's output: "images", or "frames" for videos.
     """
     options = ", trust_remote_code=True" if custom_pipeline else ""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in [*condition.items(), *call.items()])
     return "\n".join(
         [
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("."{options})  # "." is this folder; its name on the Hub works as well',
-            *(line.replace("{}", arguments) for line in SAVING[output]),
+            *_sampled(call, condition, output),
         ]
     )
 
 
-def model_card(record: Mapping[str, Any], code: str, samples: str | None = None, captions: Sequence[Any] = ()) -> str:
+def lora_usage(
+    teacher: str | None, scheduler: str, folder: str, call: Mapping[str, Any], condition: Mapping[str, Any], output: str = "images"
+) -> str:
+    """Python code that puts the student's adapter, in `folder` of the exported one, onto the teacher and samples it."""
+    return "\n".join(
+        [
+            f"from diffusers import DiffusionPipeline, {scheduler}",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({teacher or 'the teacher'!r})",
+            f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
+            f'pipe.load_lora_weights("{folder}")',
+            *_sampled(call, condition, output),
+        ]
+    )
+
+
+def _sampled(call: Mapping[str, Any], condition: Mapping[str, Any], output: str) -> list[str]:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in [*condition.items(), *call.items()])
+    return [line.replace("{}", arguments) for line in SAVING[output]]
+
+
+def model_card(
+    record: Mapping[str, Any], code: str, samples: str | None = None, captions: Sequence[Any] = (), lora_code: str | None = None
+) -> str:
     """The text of the card.
 
     Args:
@@ -40,6 +62,7 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
         code: what `usage` returned.
         samples: file name of the picture of samples, if there is one.
         captions: its conditions, row by row.
+        lora_code: what `lora_usage` returned, where the adapter is there by itself too.
     """
     teacher = str(record["teacher"]) if record.get("teacher") else None
     local = teacher is not None and (Path(teacher).exists() or teacher.count("/") != 1)
@@ -60,6 +83,7 @@ def model_card(record: Mapping[str, Any], code: str, samples: str | None = None,
         f"# {steps}-step student of {name or 'a diffusion model'}",
         f"Distilled{method} by diffusion-distill. An image takes {calls} and no guidance.",
         f"## Use\n```python\n{code}\n```",
+        f"The adapter alone, on the teacher as it is:\n```python\n{lora_code}\n```" if lora_code else "",
         "These arguments belong to the model: other timesteps, step counts or guidance are not what it was trained for.",
         _sampling(record),
         _table("Metrics", record.get("metrics")),

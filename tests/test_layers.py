@@ -29,7 +29,7 @@ LAYERS = (
     ("background", "batches", "build", "diagnostics", "divergence", "optim", "stops"),
     ("pair_writer", "run_record", "run_state"),
     ("checkpointing", "preflight"),
-    ("model_card", "student_scheduler"),
+    ("lora_export", "model_card", "student_scheduler"),
     ("counted_scheduler",),
     ("export", "export_child"),
     ("trainer",),
