@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from tqdm.auto import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
 from diffusion_distill import DMD2, LCM, VSD, DataConfig, TrainConfig, Trainer, build_dataset
@@ -58,7 +60,7 @@ class Soak:
     """JSON file of the results."""
     kills: int = 200
     """Kills of training runs, and as many of processes that only save."""
-    steps: int = 40
+    steps: int = 16
     """Optimizer steps of a training run; when one is finished, the next begins."""
     repeats: int = 30
     """Measured steps of the demo with a checkpoint, and as many without. 0: none."""
@@ -111,6 +113,7 @@ class Child:
 
 
 def _work_and_exit(work: Callable[[], object], log: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes: a killed one would keep it for ever
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -31,17 +31,22 @@ def load_pipeline(teacher: TeacherConfig) -> Any:
     """Load a diffusers pipeline from a folder or the hub.
 
     Raises:
-        InputError: when diffusers cannot load it, with its reason in one line.
+        InputError: when diffusers cannot load it, with its reason in one line; for a `video_size` that it cannot draw.
     """
     options = {"revision": teacher.revision, "variant": teacher.variant, "trust_remote_code": teacher.trust_remote_code}
     options["use_safetensors"] = None if teacher.allow_bin_weights else True
     try:
         with _pipeline_code_to_itself() if teacher.trust_remote_code else nullcontext():
-            return DiffusionPipeline.from_pretrained(teacher.pretrained_model_name_or_path, **options)
+            pipe = DiffusionPipeline.from_pretrained(teacher.pretrained_model_name_or_path, **options)
     except Exception as error:  # whatever a damaged folder, or code of its own, makes diffusers and transformers raise
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())
+        if "safetensors" in reason and not teacher.allow_bin_weights:
+            reason += " (weights stored as .bin alone are read with --allow_bin_weights)"
         raise InputError(f"pretrained_model_name_or_path: cannot load {teacher.pretrained_model_name_or_path!r}: {reason}") from error
+    if teacher.video_size:
+        family_of(pipe).set_video_size(pipe, *teacher.video_size)
+    return pipe
 
 
 @contextmanager

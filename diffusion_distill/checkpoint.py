@@ -76,7 +76,8 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dic
         InputError: naming the first file that is missing, truncated, altered or not in the manifest.
     """
     _verify(path)
-    tensors = {file.name.removesuffix(TENSORS): load_file(file, str(device)) for file in sorted(path.glob("*" + TENSORS))}
+    place = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no cpu:0, a rank's name for it
+    tensors = {file.name.removesuffix(TENSORS): load_file(file, place) for file in sorted(path.glob("*" + TENSORS))}
     return tensors, json.loads((path / STATE).read_text())
 
 
@@ -286,7 +287,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     try:
         entries = json.loads((path / MANIFEST).read_text()).items()
         return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # ValueError: neither UTF-8 nor JSON
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):  # ValueError: no JSON
         return {}
 
 

@@ -110,6 +110,8 @@ class RunCheckpoints:
             InputError: for a damaged checkpoint, or one of a run that differs, naming each difference.
         """
         tensors, state = load_checkpoint(path, self.device)
+        if missing := sorted({"step", "optimizers", "ema_updates", "settings", "method", "world_size"} - state.keys()):
+            raise InputError(f"resume_from_checkpoint: {path} is no checkpoint of a training run: {', '.join(missing)} not in state.json")
         may_change = MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
         lines = difference(_flat(state), _flat(self.identity))
         if changed := [line for line in lines if line.split(":")[0] not in may_change]:

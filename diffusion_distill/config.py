@@ -45,10 +45,14 @@ class TeacherConfig:
     """Run pipeline code that comes with the weights."""
     allow_bin_weights: bool = False
     """Read weights that are stored as pickles (.bin) alone, with torch's restricted reader. Off: safetensors only."""
+    video_size: tuple[int, ...] = ()
+    """Frames, height and width of the videos that teacher and student draw. Empty: the size that the pipeline draws of itself."""
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise reject("pretrained_model_name_or_path", "", "a folder or a name on the Hub")
+        if len(self.video_size) not in (0, 3):
+            raise reject("video_size", self.video_size, "three numbers, frames, height and width, or none")
 
 
 def parse(argv: Sequence[str] | None, *groups: type, prog: str, description: str) -> tuple[Any, ...]:
@@ -158,7 +162,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(text, _StrictLoader)
     except OSError as error:
         raise reject("config", str(path), f"a YAML file is needed ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no day of a month, thousands of digits
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -15,6 +15,7 @@ from .families import family_of
 from .methods import METHODS, Method
 from .preflight import check_input
 from .provenance import provenance, write_json
+from .redaction import redacted
 from .train_config import TrainConfig
 from .trainer import Trainer
 
@@ -99,7 +100,7 @@ def _export(trainer: Trainer, pipe: Any, folder: Path, teacher: str | None) -> N
     name = next(key for key, kind in METHODS.items() if type(trainer.method) is kind)
     loop = {key: value for key, value in to_mapping(trainer.config).items() if key in LOOP_SETTINGS}
     loop["global_batch_size"] = trainer.global_batch_size
-    info = {"method": name, "hyper_parameters": to_mapping(trainer.method) | loop, "teacher": teacher, **provenance()}
+    info = redacted({"method": name, "hyper_parameters": to_mapping(trainer.method) | loop, "teacher": teacher}) | provenance()
     with trainer.student_weights(), torch.no_grad():
         export_student(
             pipe,

@@ -15,6 +15,14 @@ SAVING = {  # by the field of the pipeline's output
 }
 
 
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " ", **{mark: "\\" + mark for mark in "\\`[]|*"}})
+
+
+def escaped(value: object) -> str:
+    """Text that Markdown shows as it is, in one line of prose or one cell of a table: captions and names come from anywhere."""
+    return str(value).translate(_MARKUP)
+
+
 def usage(call: Mapping[str, Any], condition: Mapping[str, Any], custom_pipeline: bool, output: str = "images") -> str:
     """Python code that samples the student as it was trained; it runs as it stands inside the exported folder.
 
@@ -80,7 +88,7 @@ def model_card(
     method = f" with {record['method']}" if record.get("method") else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {steps}-step student of {name or 'a diffusion model'}",
+        f"# {steps}-step student of {escaped(name or 'a diffusion model')}",
         f"Distilled{method} by diffusion-distill. An image takes {calls} and no guidance.",
         f"## Use\n```python\n{code}\n```",
         f"The adapter alone, on the teacher as it is:\n```python\n{lora_code}\n```" if lora_code else "",
@@ -108,13 +116,13 @@ def _sampler_row(sampler: Mapping[str, Any]) -> str:
 
 
 def _captions(captions: Sequence[Any]) -> str:
-    return "From left to right, top to bottom: " + "; ".join(map(str, captions)) if captions else ""
+    return "From left to right, top to bottom: " + "; ".join(map(escaped, captions)) if captions else ""
 
 
 def _table(title: str, values: Mapping[str, Any] | None) -> str:
     if not values:
         return ""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    rows = "\n".join(f"| {escaped(name)} | {escaped(value)} |" for name, value in values.items())
     return f"## {title}\n| | |\n|---|---|\n{rows}"
 
 

@@ -89,6 +89,7 @@ class NoiseSchedule(ABC):
         if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas") or name.startswith("FlowM"):
             return RectifiedFlow(config.num_train_timesteps)
         if hasattr(scheduler, "alphas_cumprod"):
+            _check_signal_powers(scheduler.alphas_cumprod)
             return VariancePreserving(scheduler.alphas_cumprod)
         raise reject("scheduler", name, "a DDPM-style, flow-matching, EDM or TrigFlow (SCM) scheduler is needed")
 
@@ -237,6 +238,12 @@ class TrigFlow(NoiseSchedule):
     @property
     def accepted(self) -> str:
         return "timesteps are angles from 0 to pi/2"
+
+
+def _check_signal_powers(powers: Tensor) -> None:
+    """Refuse betas outside [0, 1]: their square roots would be no numbers, without a word."""
+    if not (len(powers) > 1 and powers.isfinite().all() and powers.min() >= 0 and powers.max() <= 1 and (powers.diff() <= 0).all()):
+        raise reject("scheduler.alphas_cumprod", f"{powers[0]:g} to {powers[-1]:g}", "numbers that fall from at most 1 to at least 0")
 
 
 def prediction_type_of(scheduler: Any) -> str:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion_distill.background import BackgroundWriter
 from diffusion_distill.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -28,7 +30,7 @@ from diffusion_distill.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from diffusion_distill.errors import InputError
+from diffusion_distill.errors import CheckpointError, InputError
 
 FILES = ("student.safetensors", "student.optimizer.safetensors", "state.json", "manifest.json")
 
@@ -86,7 +88,7 @@ def test_what_is_loaded_does_not_write_through_to_the_file(tmp_path: Path) -> No
     path = save(tmp_path, 1)
     loaded, _ = load_checkpoint(path)
     loaded["student"]["weight"].add_(1)
-    assert load_checkpoint(path)[0]["student"]["weight"].eq(1).all()
+    assert load_checkpoint(path, torch.device("cpu", 0))[0]["student"]["weight"].eq(1).all()  # as a rank calls its CPU
 
 
 def test_manifest_holds_the_size_and_hash_of_every_file(tmp_path: Path) -> None:
@@ -399,6 +401,43 @@ def test_left_overs_of_a_killed_run_go_at_the_next_save(tmp_path: Path) -> None:
     assert found is not None and load_checkpoint(found)[1] == {"step": 1}
     save(tmp_path, 2)
     assert steps_in(tmp_path) == [1, 2] and hidden_in(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- background
+
+
+def test_the_background_writes_a_copy_and_one_at_a_time() -> None:
+    writer, go, seen = BackgroundWriter(), threading.Event(), []
+    weight = torch.ones(3)
+
+    def write(tensors: Any) -> None:
+        assert go.wait(60)
+        seen.append(tensors["student"]["weight"].clone())
+
+    writer.start({"student": {"weight": weight}}, write)
+    weight.add_(1)
+    assert not seen and not writer.failed
+    threading.Timer(0.05, go.set).start()
+    writer.start({"student": {"weight": weight}}, write)
+    assert len(seen) >= 1  # the first is through before the second begins
+    writer.wait()
+    assert [value.tolist() for value in seen] == [[1.0] * 3, [2.0] * 3]
+
+
+def test_what_the_background_raises_is_raised_once_and_printed_where_another_error_is_on_its_way(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(tensors: Any) -> None:
+        raise CheckpointError("no room")
+
+    writer = BackgroundWriter()
+    writer.start({}, fail)
+    with pytest.raises(CheckpointError, match="no room"):
+        writer.wait()
+    writer.wait()
+    writer.start({}, fail)
+    writer.finish()
+    assert capsys.readouterr().err == "error: no room\n" and not writer.failed
 
 
 # ----------------------------------------------------------------------------------------------------------------- optimizer

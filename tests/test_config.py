@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import inspect
 import itertools
 import json
@@ -16,7 +17,7 @@ import yaml
 
 from diffusion_distill.config import TeacherConfig, difference, from_mapping, parse, read_yaml, run_cli, to_mapping
 from diffusion_distill.data import DataConfig
-from diffusion_distill.errors import InputError, reject
+from diffusion_distill.errors import CheckpointError, InputError, LostRankError, NonFiniteError, reject
 from diffusion_distill.methods import DMD2, METHODS
 from diffusion_distill.train_config import TrainConfig
 
@@ -318,6 +319,10 @@ def fails(error: BaseException) -> Any:
         (lambda: None, 0, ""),
         (lambda: 3, 3, ""),
         (fails(InputError("rate: got 1;\n  less")), 2, "error: rate: got 1; less\n"),
+        (fails(NonFiniteError("step 3:\n  nan")), 3, "error: step 3: nan\n"),
+        (fails(CheckpointError("no room")), 4, "error: no room\n"),
+        (fails(LostRankError("rank 1")), 5, "error: rank 1\n"),
+        (fails(OSError(errno.ENOSPC, "No space left on device", "x")), 4, "error: [Errno 28] No space left on device: 'x'\n"),
         (fails(KeyboardInterrupt()), 130, ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""Signals and numbers that are none: what a run saves before it ends."""
+"""What ends a run, what it has saved by then, and what may continue it."""
 
 import json
 import os
@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import end
+from forked import start as start_child
 from safetensors import safe_open
-from test_trainer import ENVIRONMENT, assert_equal, final_weights, in_a_process, trainer
+from test_checkpoint import largest_file
+from test_trainer import ENVIRONMENT, IMAGE_FREE, assert_equal, config, final_weights, in_a_process, trainer
+from tiny_pipelines import class_conditional
 
-from diffusion_distill import NonFiniteError
+from diffusion_distill import InputError, NonFiniteError, Trainer
+from diffusion_distill.checkpoint import latest_checkpoint, load_checkpoint
+from diffusion_distill.config import run_cli
+from diffusion_distill.data import ConditionDataset
 from diffusion_distill.stops import Signals
 
 LONG = {"max_train_steps": 40, "checkpointing_steps": 0}
@@ -107,3 +114,103 @@ def test_the_offending_batch_is_kept(tmp_path: Path, role: str) -> None:
         assert "0/cond.class_labels" in kept.keys() and kept.get_tensor("0/cond.class_labels").shape == (8,)  # noqa: SIM118
         assert kept.metadata()["student/loss"] == "nan"
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ---------------------------------------------------------------------- checkpoints beside the steps
+
+ONE_PICTURE = {"num_validation_images": 1, "train_batch_size": 2}
+
+
+def test_a_checkpoint_holds_its_own_step_while_training_goes_on(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, **ONE_PICTURE).train()
+    slow = trainer(tmp_path / "slow", max_train_steps=4, **ONE_PICTURE)
+    data = slow._data()
+    for step in range(1, 5):
+        slow.train_step(slow._prepare(next(data)))
+        slow.save()
+        assert_equal(final_weights(tmp_path / "run", step), final_weights(tmp_path / "slow", step))
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(tmp_path, max_train_steps=6, checkpointing_steps=2, **ONE_PICTURE)
+    run.save()
+    with largest_file(5000), pytest.raises(SystemExit) as stop:
+        run_cli(run.train)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 4 and line.startswith("error: step 2: ") and "checkpoint-2 was not written" in line
+    assert line.endswith("the checkpoint before is as it was") and run.step == 3  # seen at the end of the step that followed
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-0" and load_checkpoint(tmp_path / "checkpoint-0")
+
+
+@pytest.mark.parametrize("where", ["weight", "average", "optimizer"])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, where: str) -> None:
+    run = trainer(tmp_path, max_train_steps=1, checkpointing_steps=0, **ONE_PICTURE)
+    run.train()
+    name, parameter = next(iter(run.nets.parameters("student").items()))
+    with torch.no_grad():
+        tensor = {"weight": parameter, "average": run.emas["student"].average[name]}.get(
+            where, run.optimizers["student"].state[parameter]["exp_avg"]
+        )
+        tensor.view(-1)[1] = float("inf")
+    run.step = 2
+    with pytest.raises(
+        NonFiniteError, match=rf"step 2: '(exp_avg/)?{name}' of 'student.*' is no longer finite; checkpoint-2 is not written"
+    ):
+        run.save()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+# ---------------------------------------------------------------------- what continues
+
+
+def test_killed_in_an_accumulation_window_and_before_the_first_checkpoint(tmp_path: Path) -> None:
+    """The child kills itself in the second of two micro-batches of step 0, then of step 3; what it had accumulated is done again."""
+    changes = {"gradient_accumulation_steps": 2, "checkpointing_steps": 1, "max_train_steps": 5} | ONE_PICTURE
+
+    def killed_at(step: int) -> None:
+        begun = (tmp_path / "parts" / "run.json").exists()
+        run = trainer(tmp_path / "parts", resume_from_checkpoint="latest" if begun else None, **changes)
+        calls: list[int] = []
+
+        def die(*call: object) -> None:
+            calls.extend([1] * (run.step == step))
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run.nets.fake_score.model.register_forward_hook(die)
+        run.train()
+
+    for step in (0, 3):
+        log = tmp_path / f"log-{step}"
+        assert end(start_child(lambda: killed_at(step), log), log) == -signal.SIGKILL  # noqa: B023
+        assert (latest_checkpoint(tmp_path / "parts") is None) == (step == 0)
+    last = trainer(tmp_path / "parts", resume_from_checkpoint="latest", **changes)
+    assert last.step in (2, 3)  # the write of step 3 may have been cut
+    last.train()
+    trainer(tmp_path / "whole", **changes).train()
+    assert_equal(final_weights(tmp_path / "whole", 5), final_weights(tmp_path / "parts", 5))
+
+
+def test_a_line_of_metrics_that_was_cut_is_dropped(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_train_steps=2, logging_steps=1, **ONE_PICTURE)
+    run.train()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "student/lo')
+    trainer(tmp_path, max_train_steps=3, logging_steps=1, resume_from_checkpoint="latest", **ONE_PICTURE).train()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
+    def run(count: int, first: int = 0, **changes: object) -> Trainer:
+        labels = [(first + i) % 10 for i in range(count)]
+        return Trainer(
+            class_conditional("flow"), IMAGE_FREE, config(tmp_path, max_train_steps=1, **ONE_PICTURE | changes), ConditionDataset(labels)
+        )
+
+    run(8).train()
+    assert run(8, resume_from_checkpoint="latest").step == 1
+    with pytest.raises(InputError, match=r"samples of the data set: stored 8, now 9; SHA-256 of the data set: stored '\w+', now '\w+'"):
+        run(9, resume_from_checkpoint="latest")
+    with pytest.raises(InputError, match="other settings \\(SHA-256 of the data set: stored"):
+        run(8, first=1, resume_from_checkpoint="latest")
