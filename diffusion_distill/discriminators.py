@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .errors import reject
 from .families import Cond
 from .schedule import expand_dims
 
@@ -95,6 +96,8 @@ class OwnDiscriminator(nn.Module):
 
 
 def _own(teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, logits: int | None = None) -> nn.Module:
+    if x_t.ndim != 4:
+        raise reject("discriminator", "own", "'fake_score' or 'teacher' for videos: its convolutions are those of images")
     vector = teacher.family.condition_vector(teacher.model, cond)
     network = OwnDiscriminator(teacher, x_t.shape[1], vector.shape[1], logits).to(x_t.device)
     network(None, x_t, t, cond)  # sizes the lazy head

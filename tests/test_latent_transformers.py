@@ -16,10 +16,13 @@ from test_phased_dmd import experts_of
 from tiny_pipelines import PIPELINES, example_conditions
 from tiny_pipelines.latent_transformers import dit, pixart_alpha, pixart_sigma, sana, wan
 
-from diffusion_distill.build import teacher_denoiser
+from diffusion_distill.build import load_pipeline, teacher_denoiser
+from diffusion_distill.config import TeacherConfig
+from diffusion_distill.discriminators import DISCRIMINATORS
 from diffusion_distill.errors import InputError
 from diffusion_distill.families import family_of
 from diffusion_distill.images import save_grid
+from diffusion_distill.networks import Networks
 
 UNEVEN = ["a bird", "two red houses on a hill, and a bird that is on neither of them"]
 
@@ -179,3 +182,23 @@ def test_a_wan_student_runs_as_its_model_card_says(tmp_path: Path, in_process: N
     with Image.open("sample.gif") as video:
         assert video.size == (16, 16) and os.path.getsize("sample.gif") > 0
     assert len(example_conditions(exported.pipe)) == 2
+
+
+def test_the_size_of_videos_comes_with_the_teacher(tmp_path: Path) -> None:
+    wan().save_pretrained(tmp_path)
+    pipe = load_pipeline(TeacherConfig(str(tmp_path), video_size=(9, 32, 16)))
+    assert family_of(pipe).sample_shape(pipe) == (4, 3, 8, 4)
+    with pytest.raises(InputError, match="frames: got 8; a multiple of 4, and one more"):
+        load_pipeline(TeacherConfig(str(tmp_path), video_size=(8, 32, 16)))
+    with pytest.raises(InputError, match=r"video_size: got \(9, 32\); three numbers"):
+        TeacherConfig(str(tmp_path), video_size=(9, 32))
+
+
+def test_discriminators_of_videos() -> None:
+    """Heads on a network's tokens, whose number does not matter; the small network of its own is one of images."""
+    teacher, (x_t, t, cond) = denoiser_of(wan()), random_input(wan())
+    with torch.no_grad():
+        head = DISCRIMINATORS["teacher"](teacher, x_t, t, cond)
+        assert head(Networks(teacher=teacher), x_t, t, cond).shape == (2,)
+    with pytest.raises(InputError, match="discriminator: got 'own'; 'fake_score' or 'teacher' for videos"):
+        DISCRIMINATORS["own"](teacher, x_t, t, cond)
