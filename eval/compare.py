@@ -43,6 +43,8 @@ class CompareConfig(Settings):
     """Folder for report.md, report.html and the pictures."""
     teacher_num_inference_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
     """Step counts of the teacher. Its reference is the best distance at 8 steps or more."""
+    student_num_inference_steps: tuple[int, ...] = ()
+    """Step counts of students whose folder does not record its own (distillation.json). None given: the pipeline's own."""
 
     def check(self) -> None:
         super().check()
@@ -50,6 +52,9 @@ class CompareConfig(Settings):
             raise reject("teacher_num_inference_steps", self.teacher_num_inference_steps, f"at least one of {REFERENCE_STEPS} or more")
         if len({folder.resolve() for folder in (self.teacher, *self.students)}) < 1 + len(self.students):
             raise reject("students", [str(folder) for folder in self.students], "different folders, none of them the teacher's")
+        for folder in (self.teacher, *self.students):
+            if not (folder / "model_index.json").is_file():
+                raise reject("folder", str(folder), "a diffusers pipeline folder with a model_index.json is needed")
 
     @property
     def labels(self) -> dict[Path, str]:
@@ -64,9 +69,15 @@ class CompareConfig(Settings):
         """The evaluation of one of the models under the shared settings."""
         shared = {field.name: getattr(self, field.name) for field in fields(Settings)}
         shared["images_dir"] = self.images_dir and self.images_dir / self.labels[folder]
+        return EvaluateConfig(folder=folder, num_inference_steps=self._steps(folder), **shared)
+
+    def _steps(self, folder: Path) -> tuple[int, ...]:
+        if folder == self.teacher:
+            return self.teacher_num_inference_steps
         served = served_steps(folder)
-        steps = self.teacher_num_inference_steps if folder == self.teacher else served if len(served) > 1 else ()
-        return EvaluateConfig(folder=folder, num_inference_steps=steps, **shared)
+        if len(served) == 1:
+            return ()  # its own, which it takes without being asked
+        return served or self.student_num_inference_steps
 
 
 def compare(config: CompareConfig) -> Path:

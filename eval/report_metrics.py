@@ -62,7 +62,7 @@ METRICS = (
     Metric(
         "frechet_distance",
         "Fréchet distance",
-        "How far the generated images are from the real ones as a whole, in what an image network sees of them; 0 means alike.",
+        "How far the generated images are from the real ones in all, as an image network sees them; 0 is alike; more samples read lower.",
         "lower",
     ),
     Metric(
@@ -108,7 +108,16 @@ METRICS = (
     ),
     _cost("seconds_per_image", "ms / image", "Wall time for one image, in whole batches, decoding included.", 1000),
     _cost("cpu_seconds_per_image", "CPU ms / image", "Processor time for one image: comparable on a busy machine too.", 1000),
-    _cost("peak_memory_bytes", "peak memory, MiB", "The most memory that the device held, or the process on a CPU.", 1 / 2**20, 0),
+    Metric(
+        "peak_memory_bytes",
+        "peak memory, MiB",
+        "The most memory that the device (on a CPU: the process) has held so far; models that are measured in one process share it.",
+        None,
+        "cost",
+        factor=1 / 2**20,
+        digits=0,
+        depends_on_device=True,
+    ),
     Metric("timed_images", "timed images", "How many images the costs are averaged over.", None, "count"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}

@@ -119,6 +119,7 @@ def decoded(uri: str) -> bytes:
         ([0.40, 0.60, 0.50], [0.52, 0.50, 0.54]),
         ([0.9, 0.91], [0.5, 0.52]),
         ([0.5, 0.9], [0.4, 0.41]),
+        ([0.400, 0.401, 0.402], [0.45, 0.50, 0.55]),
     ],
 )
 def test_verdict_is_welchs_test(ours: list[float], theirs: list[float]) -> None:
@@ -185,6 +186,8 @@ def test_a_reader_sees_first_who_how_far_at_what_cost() -> None:
     (summary,) = report_text.summaries(small_report())
     assert summary.ratio == "0.79 ×" and summary.evaluations == "2 instead of 8" and summary.speed == "4.0 × faster"
     assert summary.distance == "0.410 ± 0.010 (5,000 × 3)" and summary.teacher == "4.100 ± 0.100"
+    others = replace(small_report().students[0], entries=(entry("student", 4, 0.4, 0.41),))
+    assert report_text.summaries(small_report(students=(others,)))[0].teacher == "–"
     facts = ["The teacher's best is 0.520 ± 0.020, at 8 steps", "student, 2 steps", "0.79 ×", "0.410 ± 0.010 (5,000 × 3)"]
     facts += [
         "better than the teacher's best",
