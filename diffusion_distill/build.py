@@ -95,6 +95,9 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
         teacher.model.to(torch.bfloat16)
     copies = dict.fromkeys(method.copies if config.lora_rank else (), Adapter(config.lora_rank, config.lora_alpha or config.lora_rank))
     roles |= {role: _adapted(roles.get(role, teacher), role, adapter, config) for role, adapter in (copies | method.adapters).items()}
+    for net in (teacher, *roles.values()):
+        if isinstance(net, Denoiser):
+            net.batch_guidance = config.batch_guidance
     nets = Networks(teacher=teacher, **roles)
     nets.add(**{role: _follower(nets.student, role, copies.get("student"), config) for role in method.followers})
     nets.add(**method.views(nets))

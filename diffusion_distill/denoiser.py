@@ -19,7 +19,10 @@ class Denoiser(nn.Module):
     Conversions run in float32 (float64 for float64 input); the network runs in its own dtype, or under autocast to
     `autocast_dtype`. Each call enters autocast anew: a cast of the weights cached under `no_grad` would cut the gradient of
     a later call. `adapter` names the LoRA adapter of a shared `model` (adapters.py) that works during a call of this denoiser.
+    With `batch_guidance`, `guided` calls it once with twice the batch.
     """
+
+    batch_guidance = False
 
     def __init__(
         self,
@@ -73,7 +76,18 @@ def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond,
 
     `scale` is a number, or one for each sample, (B,).
     """
-    pred = denoiser(x_t, t, cond)
-    if isinstance(scale, Tensor):
-        return denoiser(x_t, t, uncond).interpolate(pred, expand_dims(scale, x_t))
-    return pred if scale == 1 else denoiser(x_t, t, uncond).interpolate(pred, scale)
+    if not isinstance(scale, Tensor) and scale == 1:
+        return denoiser(x_t, t, cond)
+    pred, unguided = _both(denoiser, x_t, t, cond, uncond)
+    return unguided.interpolate(pred, expand_dims(scale, x_t) if isinstance(scale, Tensor) else scale)
+
+
+def _both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Prediction, Prediction]:
+    """The predictions under two conditions; those of unlike shapes cannot share a batch."""
+    alike = {k: v.shape for k, v in cond.items()} == {k: v.shape for k, v in uncond.items()}
+    if not (denoiser.batch_guidance and alike):
+        return denoiser(x_t, t, cond), denoiser(x_t, t, uncond)
+    both: Prediction = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), {k: torch.cat([cond[k], uncond[k]]) for k in cond})
+    halves = zip(*(value.chunk(2) for value in (both.x0, both.eps, both.alpha, both.sigma)), strict=True)
+    first, second = (Prediction(*half, both.sigma_data) for half in halves)
+    return first, second

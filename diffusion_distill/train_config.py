@@ -45,6 +45,9 @@ class TrainConfig:
     """bf16 runs networks under autocast and keeps the frozen teacher in bfloat16. None: as `accelerate launch` says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    batch_guidance: bool = True
+    """Guide the teacher in one call of twice the batch in place of two calls: never slower where measured (docs/decisions.md). False
+    halves the memory of that call."""
     lora_rank: int = 0
     """Rank of the LoRA adapter that trains in place of the weights. 0: full training."""
     lora_alpha: int | None = None

@@ -37,8 +37,9 @@ class Call:
 
 
 def networks(process: str, method: Method) -> Networks:
-    """What the trainer builds; student and fake score are moved apart, for at the start both equal the teacher."""
-    nets = build_networks(pipeline(process), method, TrainConfig())
+    """What the trainer builds, with a call for each condition (test_guidance.py compares one call for both); student and fake score
+    are moved apart, for at the start both equal the teacher."""
+    nets = build_networks(pipeline(process), method, TrainConfig(batch_guidance=False))
     generator = torch.Generator().manual_seed(1)
     for role in ("student", "fake_score"):
         for p in nets.parameters(role).values():
