@@ -37,6 +37,27 @@ def draw_intervals(shares: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform.double(), right=True).clamp(max=len(shares) - 1)
 
 
+def draw_grid_levels(
+    uniform: Tensor, intervals: int, lowest: float, highest: float, lognormal: tuple[float, float] | None
+) -> tuple[Tensor, Tensor]:
+    """The noisier and the cleaner end (B,), float64, of intervals in Karras spacing, drawn by numbers (B,) in [0, 1).
+
+    Intervals are equally probable, or as under `lognormal`, mean and standard deviation of ln s.
+    """
+    levels = karras_levels(torch.linspace(0, 1, intervals + 1, dtype=torch.float64), lowest, highest)
+    shares = lognormal_shares(levels, *lognormal) if lognormal else torch.full((intervals,), 1 / intervals).double()
+    index = draw_intervals(shares, uniform)
+    levels = levels.to(index.device)
+    return levels[index + 1], levels[index]
+
+
+def level_weight(s: Tensor, r: Tensor, kind: Literal["inverse_gap", "edm", "uniform"], sigma_data: float) -> Tensor:
+    """Weight (B,), float64, of samples at levels s against neighbours r (B,): 1 / (s - r) (iCT, ECT), 1 / s^2 + 1 / sigma_data^2, or 1."""
+    if kind == "inverse_gap":
+        return 1 / (s - r)
+    return 1 / s**2 + 1 / sigma_data**2 if kind == "edm" else torch.ones_like(s)
+
+
 def shrinking_neighbour(s: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
     """r(s) = s (1 - q^-(stage + 1) (1 + k sigmoid(-b s))), at least 0: the neighbour of level s (ECT, arXiv:2406.14548, sec. 3.3)."""
     return (s * (1 - q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * s)))).clamp(min=0)

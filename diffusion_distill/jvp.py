@@ -10,7 +10,7 @@ timesteps averages that out.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 Point = tuple[Tensor, Tensor]  # x (B, ...) and t (B,), or a direction in which both move
 Function = Callable[[Tensor, Tensor], Tensor]
+Derivative = Literal["forward", "central", "backward"]
+
+
+def derivative_along(function: Function, point: Point, direction: Point, kind: Derivative, step: float, value: Tensor) -> Tensor:
+    """The derivative by its `kind`; differences take a `step`, and the backward one the function's `value` at the point."""
+    if kind == "forward":
+        return forward_derivative(function, point, direction)
+    if kind == "central":
+        return central_difference(function, point, direction, step)
+    return backward_difference(function, point, direction, step, value)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Distillation losses: tensors in, scalar out. No network is called here."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,14 @@ def relativistic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def image_pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
     """sqrt(|x - target|^2 + c^2) - c over the whole of each sample, (B,) (iCT, arXiv:2310.14189, eq. 8)."""
     return ((x - target).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+def sample_distance(x: Tensor, target: Tensor, kind: str, huber_scale: float) -> Tensor:
+    """One number a sample, (B,): `image_pseudo_huber` of c = `huber_scale` times the square root of the number of dimensions (iCT, sec.
+    3.3), or for `kind` "l2" the mean squared error."""
+    if kind == "l2":
+        return (x - target).square().flatten(1).mean(1)
+    return image_pseudo_huber(x, target, huber_scale * math.sqrt(x[0].numel()))
 
 
 def pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:

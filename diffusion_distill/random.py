@@ -4,6 +4,7 @@ Because no generator state is carried along, a resumed run draws what the uninte
 global batch gets the same numbers whether it is one batch, several accumulated ones, or spread over ranks.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +15,14 @@ _MASK = (1 << 64) - 1
 
 def derive_seed(*keys: int) -> int:
     """Mix integers into one 63-bit seed with splitmix64 (Steele et al., 2014)."""
-    state = 0
-    for key in keys:
-        state = (state + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1
+    return functools.reduce(_mix, keys, 0) >> 1
+
+
+def _mix(state: int, key: int) -> int:
+    state = (state + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 class SampleRandom:
@@ -51,9 +53,9 @@ class SampleRandom:
         if shape[0] != len(self.slots):
             raise ValueError(f"shape {tuple(shape)} does not start with the batch size {len(self.slots)}")
         out = torch.empty(tuple(shape), device=self._generator.device)
-        number = self._next_draw()
+        common = functools.reduce(_mix, (*self.keys, self._next_draw()), 0)
         for i, slot in enumerate(self.slots):
-            self._generator.manual_seed(derive_seed(*self.keys, number, slot))
+            self._generator.manual_seed(_mix(common, slot) >> 1)  # derive_seed(*keys, draw, slot)
             draw(tuple(shape[1:]), generator=self._generator, out=out[i])
         return out
 

@@ -1,14 +1,36 @@
 """The network evaluations that score-distillation methods are made of."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .denoiser import Denoiser, guided
+from .experts import Student
 from .families import Cond
 from .losses import distribution_matching_direction
 from .prediction import Prediction
+from .sampler import FewStepSampler
 from .schedule import NoiseSchedule, expand_dims
+
+
+def backward_simulation(
+    student: Student, sampler: FewStepSampler, noise: Tensor, cond: Cond, draw: Callable[[Tensor], Tensor], rung: int
+) -> tuple[Prediction, Tensor]:
+    """The student's prediction at step `rung` of its own trajectory from `noise` (B, ...), and the timesteps (B,) of that call.
+
+    Gradient runs through that last call alone (DMD2, arXiv:2405.14867, sec. 4.5).
+    """
+    with torch.no_grad():
+        x_t, t = sampler.roll_out(student, noise, cond, draw, rung)  # type: ignore[arg-type]
+    prediction: Prediction = student(x_t, t, cond)
+    return prediction, t
+
+
+def draw_timesteps(schedule: NoiseSchedule, uniform: Tensor, lowest: float, highest: float) -> Tensor:
+    """Timesteps (B,) at noise levels between two fractions of the schedule, from numbers (B,) in [0, 1)."""
+    return schedule.timestep(lowest + (highest - lowest) * uniform)
 
 
 @torch.no_grad()
@@ -46,11 +68,11 @@ def distribution_matching(
     return distribution_matching_direction(x0.detach(), real.x0, fake.x0, floor), logs
 
 
-def denoising_score_matching(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, space: str | None = None) -> Tensor:
-    """Mean squared error at x_t = alpha x0 + sigma eps, unweighted in prediction type `space` (None: the network's own)."""
+def denoising_score_matching(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, space: str = "network") -> Tensor:
+    """Mean squared error at x_t = alpha x0 + sigma eps, unweighted in prediction type `space` ("network": its own)."""
     pred = denoiser(denoiser.schedule.add_noise(x0, eps, t), t, cond)
     target = Prediction(x0, eps, pred.alpha, pred.sigma, pred.sigma_data)
-    kind = space or denoiser.prediction_type
+    kind = denoiser.prediction_type if space == "network" else space
     return F.mse_loss(pred.view(kind), target.view(kind))
 
 
@@ -77,7 +99,7 @@ def subinterval_target(schedule: NoiseSchedule, x_s: Tensor, eps: Tensor, t: Ten
 
 
 def subinterval_score_matching(
-    denoiser: Denoiser, x_s: Tensor, eps: Tensor, t: Tensor, s: float | None, cond: Cond, max_weight: float, space: str | None = None
+    denoiser: Denoiser, x_s: Tensor, eps: Tensor, t: Tensor, s: float | None, cond: Cond, max_weight: float, space: str = "network"
 ) -> Tensor:
     """Mean of min(1 / b^2, max_weight) |b output - b target|^2 at x_t = a x_s + b eps (arXiv:2510.27684): weight 1 but close to s.
 
@@ -85,10 +107,27 @@ def subinterval_score_matching(
     """
     if s is None:
         return denoising_score_matching(denoiser, x_s, eps, t, cond, space)
-    pred, target = denoiser(diffuse_from(denoiser.schedule, x_s, eps, t, s), t, cond), subinterval_target(denoiser.schedule, x_s, eps, t, s)
+    pred = denoiser(diffuse_from(denoiser.schedule, x_s, eps, t, s), t, cond)
+    target = subinterval_target(denoiser.schedule, x_s, eps, t, s)
     weight = (max_weight * _spread(denoiser.schedule, t, s, 0.0) ** 2).clamp(max=1)
-    kind = space or denoiser.prediction_type
+    kind = denoiser.prediction_type if space == "network" else space
     return (expand_dims(weight, x_s) * (pred.view(kind) - target.view(kind)).square()).mean()
+
+
+def draw_timesteps_above(
+    schedule: NoiseSchedule, uniform: Tensor, s: float | None, margin: float, highest: float, shift: float = 1.0
+) -> Tensor:
+    """Timesteps (B,) at noise levels from `margin` above timestep s (None: the clean end) to `highest`, fractions of the schedule.
+
+    Numbers u of `uniform` (B,) in [0, 1) are shifted towards noise: shift u / (1 + (shift - 1) u).
+    """
+    u = shift * uniform / (1 + (shift - 1) * uniform)
+    return draw_timesteps(schedule, u, level_above(schedule, s, margin), highest)
+
+
+def level_above(schedule: NoiseSchedule, s: float | None, margin: float) -> float:
+    """The noise level `margin` above timestep s; None is the clean end."""
+    return margin if s is None else margin + float(schedule.level(torch.tensor(s, dtype=torch.float64)))
 
 
 def _scalar(s: float, t: Tensor) -> Tensor:

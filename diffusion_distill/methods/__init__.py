@@ -8,7 +8,8 @@ from .dmd2 import DMD2
 from .lcm import LCM
 from .pcm import PCM
 from .phased_dmd import PhasedDMD
-from .rectified_flow import Reflow, ReflowDistillation
+from .reflow import Reflow
+from .reflow_distillation import ReflowDistillation
 from .scm import SCM
 from .tcd import TCD
 from .vsd import VSD

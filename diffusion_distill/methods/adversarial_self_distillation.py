@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adversarial import add_direction, approximate_r1, input_direction
+from ..adversarial import add_direction, approximate_r1, diffused_alike, input_direction
 from ..denoiser import Denoiser
 from ..discriminators import DISCRIMINATORS
 from ..errors import reject
@@ -17,8 +17,8 @@ from ..losses import relativistic_loss, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices, check_numbers
+from ..score_distillation import backward_simulation, denoising_score_matching, distribution_matching, draw_timesteps
+from .base import Batch, Loss, Method, Update, check_choices, check_levels, check_numbers
 
 
 @dataclass
@@ -77,13 +77,11 @@ class ASD(Method):
             zero_or_more=("warmup_steps", "guidance_scale", "gan_weight", "penalty_weight"),
             above_zero=("timestep_shift", "penalty_std", "normalizer_floor"),
             at_least_one=("student_update_interval",),
+            fraction=("max_gan_level",),
         )
+        check_levels(self, "min_level", "max_level")
         if self.max_inference_steps < 2:
             raise reject("max_inference_steps", self.max_inference_steps, "at least 2; dmd2 trains a student of one step")
-        if not 0 <= self.min_level < self.max_level <= 1:
-            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
-        if not 0 < self.max_gan_level <= 1:
-            raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
 
     def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
         return self.grid(schedule, self.max_inference_steps)
@@ -113,20 +111,16 @@ class ASD(Method):
 
     def student_loss(self, largest: int, nets: Networks, batch: Batch) -> Loss:
         steps, x0 = self.draw(largest, nets, batch)
-        level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
-        t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
+        t = draw_timesteps(nets.teacher.schedule, batch.random.uniform(), self.min_level, self.max_level)
+        eps = batch.random.normal_like(x0)
         pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
         direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
         if self.gan_weight and steps < largest:
             with torch.no_grad():
                 batch.carried["more"] = more = self.generate(nets, batch, steps + 1)
             noised = self.diffuse(nets, batch)
-
-            def generator_loss(x: Tensor) -> Tensor:
-                fewer, ahead = (noised(sample)[0][:, steps - 1] for sample in (x, more))
-                return relativistic_loss(fewer, ahead)
-
-            logs["gan"], gan = input_direction(x0, generator_loss)
+            ahead = noised(more)[0][:, steps - 1]
+            logs["gan"], gan = input_direction(x0, lambda x: relativistic_loss(noised(x)[0][:, steps - 1], ahead))
             direction = add_direction(direction, gan, self.gan_weight, self.gan_weighting == "relative")
         return surrogate(x0, direction), logs
 
@@ -169,20 +163,15 @@ class ASD(Method):
         """x0 (B, ...) of `steps` network calls from noise of its own, with gradient in the last one."""
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
         sampler = self.grid(nets.student.schedule, steps)
-        with torch.no_grad():
-            x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, steps - 1)
-        x0: Tensor = nets.student(x_t, t, batch.cond).x0
-        return x0
+        return backward_simulation(nets.student, sampler, noise, batch.cond, batch.random.normal_like, steps - 1)[0].x0
 
     def diffuse(self, nets: Networks, batch: Batch) -> Callable[..., tuple[Tensor, Tensor]]:
         """The logits (B, N - 1) of any samples (B, ...), diffused with the same noise to the same timesteps, and close to these."""
-        schedule = nets.teacher.schedule
-        t = schedule.timestep(self.max_gan_level * batch.random.uniform())
+        t = nets.teacher.schedule.timestep(self.max_gan_level * batch.random.uniform())
         eps, nearby = (batch.random.normal((len(t), *batch.sample_shape)) for _ in range(2))
 
-        def logits(x0: Tensor, perturbed: bool = False) -> tuple[Tensor, Tensor]:
-            x_t = schedule.add_noise(x0, eps, t)
-            found = nets.discriminator(nets, x_t, t, batch.cond)
-            return found, nets.discriminator(nets, x_t + self.penalty_std * nearby, t, batch.cond) if perturbed else found
+        def discriminate(x_t: Tensor) -> Tensor:
+            logits: Tensor = nets.discriminator(nets, x_t, t, batch.cond)
+            return logits
 
-        return logits
+        return diffused_alike(discriminate, nets.teacher.schedule, eps, t, self.penalty_std * nearby)

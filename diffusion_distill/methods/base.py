@@ -36,6 +36,7 @@ class Batch:
         return {name: value for name, value in named.items() if value is not None}
 
 
+Space = Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"]  # of a loss: the network's own, or what it says
 Loss = tuple[Tensor, dict[str, Tensor]]  # scalar to minimise, scalars to log
 Update = tuple[tuple[str, ...], Callable[[Networks, Batch], Loss]]
 
@@ -50,17 +51,33 @@ def check_choices(method: object) -> None:
 
 
 def check_numbers(
-    method: object, *, zero_or_more: Sequence[str] = (), above_zero: Sequence[str] = (), at_least_one: Sequence[str] = ()
+    method: object,
+    *,
+    zero_or_more: Sequence[str] = (),
+    above_zero: Sequence[str] = (),
+    at_least_one: Sequence[str] = (),
+    below_one: Sequence[str] = (),
+    fraction: Sequence[str] = (),
 ) -> None:
-    """Raise InputError for a named field that is out of its range, infinite or not a number."""
+    """Raise InputError for a named field that is out of its range, infinite or not a number. None, where a field allows it, passes."""
     for names, fits, accepted in (
         (zero_or_more, lambda value: 0 <= value < math.inf, "0 or more"),
         (above_zero, lambda value: 0 < value < math.inf, "a number above 0"),
         (at_least_one, lambda value: 1 <= value < math.inf, "at least 1"),
+        (below_one, lambda value: 0 <= value < 1, "0 or more and below 1"),
+        (fraction, lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ):
         for name in names:
-            if not fits(getattr(method, name)):
-                raise reject(name, getattr(method, name), accepted)
+            value = getattr(method, name)
+            if value is not None and not fits(value):
+                raise reject(name, value, accepted)
+
+
+def check_levels(method: object, lowest: str, highest: str) -> None:
+    """Raise InputError unless two fields, by name, are ascending fractions of the noise levels."""
+    low, high = getattr(method, lowest), getattr(method, highest)
+    if not 0 <= low < high <= 1:
+        raise reject(f"{lowest}, {highest}", (low, high), f"0 <= {lowest} < {highest} <= 1")
 
 
 def draw_step(random: SampleRandom, steps: int, last_share: float | None) -> int:
@@ -102,6 +119,11 @@ class Method(ABC):
     def needs_pairs(self) -> bool:
         """Whether `Batch.noise` and `Batch.x0` hold stored pairs of the teacher."""
         return False
+
+    @property
+    def expected_pairs(self) -> dict[str, float]:
+        """Settings with which stored pairs should have been drawn, by their names in `pairs.json`."""
+        return {}
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update]:

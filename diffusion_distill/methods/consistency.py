@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..consistency import (
-    draw_intervals,
+    draw_grid_levels,
     karras_levels,
-    lognormal_shares,
+    level_weight,
     ratio_range,
     same_dropout,
     shrinking_neighbour,
@@ -31,7 +31,7 @@ from ..consistency import (
 )
 from ..denoiser import guided
 from ..errors import reject
-from ..losses import image_pseudo_huber
+from ..losses import sample_distance
 from ..networks import Networks
 from ..prediction import Prediction
 from ..sampler import FewStepSampler, check_steps, timesteps_at_ratios, uniform_timesteps
@@ -101,13 +101,12 @@ class Consistency(Method):
             zero_or_more=("guidance_scale", "gap_k", "gap_b"),
             above_zero=("p_std", "huber_scale", "sigma_data"),
             at_least_one=("stages", "stage_steps", "initial_intervals"),
+            below_one=("target_decay",),
         )
         self.num_inference_steps = check_steps(self.num_inference_steps)
         if not 0 < self.sigma_min < self.midpoint < self.sigma_max < math.inf:
             values = (self.sigma_min, self.midpoint, self.sigma_max)
             raise reject("sigma_min, midpoint, sigma_max", values, "ascending, above 0 and finite")
-        if not 0 <= self.target_decay < 1:
-            raise reject("target_decay", self.target_decay, "0 or more and below 1")
         if not 1 < self.gap_q < math.inf:
             raise reject("gap_q", self.gap_q, "a number above 1")
         if self.neighbour == "training" and self.guidance_scale != 1:
@@ -149,20 +148,16 @@ class Consistency(Method):
             noisy = (s_r > lowest).view(-1, *[1] * (z_r.ndim - 1))
             target = torch.where(noisy, answer, z_r)  # at the cleanest level the map is the identity
         x0 = nets.student(x_t, t, batch.cond).x0
-        distance = self.distance(x0, target)
+        distance = sample_distance(x0, target, self.loss, self.huber_scale)
         root_mean_square = (x0 - target).detach().square().flatten(1).mean(1).sqrt().mean()
-        return (self.weight(s, s_r).to(distance) * distance).mean(), {"distance": root_mean_square}
+        weight = level_weight(s, s_r, self.weighting, self.sigma_data).to(distance)
+        return (weight * distance).mean(), {"distance": root_mean_square}
 
     def draw_levels(self, batch: Batch, lowest: float, highest: float, stage: int) -> tuple[Tensor, Tensor]:
         """Level s and neighbour level r < s (B,), float64; r may lie below `lowest`, down to 0."""
         if self.discretization == "grid":
-            intervals = self.initial_intervals * 2**stage
-            levels = karras_levels(torch.linspace(0, 1, intervals + 1, dtype=torch.float64), lowest, highest)
-            lognormal = self.level_law == "lognormal"
-            shares = lognormal_shares(levels, self.p_mean, self.p_std) if lognormal else torch.full((intervals,), 1 / intervals)
-            index = draw_intervals(shares.double(), batch.random.uniform())
-            levels = levels.to(index.device)
-            return levels[index + 1], levels[index]
+            law = (self.p_mean, self.p_std) if self.level_law == "lognormal" else None
+            return draw_grid_levels(batch.random.uniform(), self.initial_intervals * 2**stage, lowest, highest, law)
         if self.level_law == "lognormal":
             s = (self.p_mean + self.p_std * batch.random.normal((len(batch.random.slots),)).double()).exp().clamp(lowest, highest)
         else:
@@ -174,15 +169,3 @@ class Consistency(Method):
             return guided(nets.teacher, x, t, batch.cond, batch.uncond, self.guidance_scale)
 
         return teacher_step(teacher, nets.teacher.schedule, x_t, t, r, self.solver)
-
-    def weight(self, s: Tensor, s_r: Tensor) -> Tensor:
-        """(B,) float64."""
-        if self.weighting == "inverse_gap":
-            return 1 / (s - s_r)
-        return 1 / s**2 + 1 / self.sigma_data**2 if self.weighting == "edm" else torch.ones_like(s)
-
-    def distance(self, x0: Tensor, target: Tensor) -> Tensor:
-        """(B,) float32."""
-        if self.loss == "l2":
-            return (x0 - target).square().flatten(1).mean(1)
-        return image_pseudo_huber(x0, target, self.huber_scale * x0[0].numel() ** 0.5)

@@ -13,8 +13,8 @@ from ..losses import feature_distance, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices, check_numbers
+from ..score_distillation import backward_simulation, denoising_score_matching, distribution_matching, draw_timesteps
+from .base import Batch, Loss, Method, Space, Update, check_choices, check_levels, check_numbers
 
 
 @dataclass
@@ -42,7 +42,7 @@ class DMD(Method):
     """Mean squared error of x0, or LPIPS's formula on features of the frozen teacher; the paper's LPIPS needs a network of its own."""
     feature_level: float = 0.1
     """Noise level, as a fraction of the schedule, at which the teacher looks at both samples of a pair, with the same noise."""
-    fake_score_loss: Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"] = "network"
+    fake_score_loss: Space = "network"
     """Space of the fake score's squared error; `network` is the space that the network predicts in."""
     fake_score_learning_rate: float | None = None
     """Learning rate of the fake score. None: the student's."""
@@ -56,14 +56,17 @@ class DMD(Method):
         if len(self.timesteps) > 1:
             accepted = "the student takes one step, for a pair ties its noise to one sample; dmd2 trains several"
             raise reject("timesteps", list(self.timesteps), accepted)
-        if not 0 <= self.min_level < self.max_level <= 1:
-            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
+        check_levels(self, "min_level", "max_level")
         if not 0 <= self.feature_level <= 1:
             raise reject("feature_level", self.feature_level, "a fraction from 0 to 1")
 
     @property
     def needs_pairs(self) -> bool:
         return self.regression_weight > 0
+
+    @property
+    def expected_pairs(self) -> dict[str, float]:
+        return {"guidance_scale": self.guidance_scale}
 
     def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
         return FewStepSampler(self.timesteps or uniform_timesteps(schedule, 1))
@@ -78,8 +81,8 @@ class DMD(Method):
     def student_loss(self, nets: Networks, batch: Batch) -> Loss:
         x0 = self.generate(nets, batch.random.normal((len(batch.random.slots), *batch.sample_shape)), batch)
         batch.carried["x0"] = x0.detach()
-        level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
-        t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
+        t = draw_timesteps(nets.teacher.schedule, batch.random.uniform(), self.min_level, self.max_level)
+        eps = batch.random.normal_like(x0)
         pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
         direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
         if not self.needs_pairs:
@@ -103,12 +106,10 @@ class DMD(Method):
         """The fake score learns the samples of the student's turn at all noise levels (eq. 6)."""
         x0 = batch.carried.pop("x0")
         t = nets.fake_score.schedule.timestep(batch.random.uniform())
-        space = None if self.fake_score_loss == "network" else self.fake_score_loss
-        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond, space)
+        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond, self.fake_score_loss)
         return loss, {"denoising": loss.detach()}
 
     def generate(self, nets: Networks, noise: Tensor, batch: Batch) -> Tensor:
         """The student's one-step sample x0 (B, ...) of `noise`."""
-        x_t, t = self.sampler(nets.student.schedule).roll_out(nets.student, noise, batch.cond, batch.random.normal_like, 0)
-        x0: Tensor = nets.student(x_t, t, batch.cond).x0
-        return x0
+        sampler = self.sampler(nets.student.schedule)
+        return backward_simulation(nets.student, sampler, noise, batch.cond, batch.random.normal_like, 0)[0].x0

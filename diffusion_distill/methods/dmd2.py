@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from ..adversarial import add_direction, approximate_r1, input_direction
 from ..denoiser import Denoiser
 from ..discriminators import DISCRIMINATORS
-from ..errors import reject
 from ..families import Cond
 from ..losses import discriminator_loss, generator_loss, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import denoising_score_matching, distribution_matching
-from .base import Batch, Loss, Method, Update, check_choices, check_numbers, draw_step
+from ..score_distillation import backward_simulation, denoising_score_matching, distribution_matching, draw_timesteps
+from .base import Batch, Loss, Method, Space, Update, check_choices, check_levels, check_numbers, draw_step
 
 
 @dataclass
@@ -51,7 +50,7 @@ class DMD2(Method):
     """Cleanest noise level of the distribution-matching loss, as a fraction of the schedule."""
     max_level: float = 0.98
     """Noisiest noise level of the distribution-matching loss, as a fraction of the schedule."""
-    fake_score_loss: Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"] = "network"
+    fake_score_loss: Space = "network"
     """Space of the fake score's squared error; `network` is the space that the network predicts in."""
     fake_score_learning_rate: float | None = None
     """Learning rate of the fake score. None: the student's."""
@@ -82,14 +81,10 @@ class DMD2(Method):
             zero_or_more=("guidance_scale", "gan_weight", "discriminator_weight", "r1_weight"),
             above_zero=("timestep_shift", "r1_std", "normalizer_floor"),
             at_least_one=("num_inference_steps", "student_update_interval"),
+            fraction=("max_gan_level", "last_step_share"),
         )
+        check_levels(self, "min_level", "max_level")
         self.timesteps = tuple(self.timesteps)
-        if not 0 <= self.min_level < self.max_level <= 1:
-            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
-        if not 0 < self.max_gan_level <= 1:
-            raise reject("max_gan_level", self.max_gan_level, "a fraction above 0 and at most 1")
-        if self.last_step_share is not None and not 0 < self.last_step_share <= 1:
-            raise reject("last_step_share", self.last_step_share, "a share above 0 and at most 1, or none")
 
     @property
     def needs_images(self) -> bool:
@@ -115,8 +110,8 @@ class DMD2(Method):
     def student_loss(self, nets: Networks, batch: Batch) -> Loss:
         x0 = self.generate(nets, batch)
         batch.carried["x0"] = x0.detach()
-        level = self.min_level + (self.max_level - self.min_level) * batch.random.uniform()
-        t, eps = nets.teacher.schedule.timestep(level), batch.random.normal_like(x0)
+        t = draw_timesteps(nets.teacher.schedule, batch.random.uniform(), self.min_level, self.max_level)
+        eps = batch.random.normal_like(x0)
         pair, conds = (nets.teacher, nets.fake_score), (batch.cond, batch.uncond)
         direction, logs = distribution_matching(*pair, x0, eps, t, *conds, self.guidance_scale, self.normalizer_floor)
         if self.needs_images:
@@ -130,8 +125,7 @@ class DMD2(Method):
             with torch.no_grad():
                 x0 = self.generate(nets, batch)
         t = nets.fake_score.schedule.timestep(batch.random.uniform())
-        space = None if self.fake_score_loss == "network" else self.fake_score_loss
-        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond, space)
+        loss = denoising_score_matching(nets.fake_score, x0, batch.random.normal_like(x0), t, batch.cond, self.fake_score_loss)
         if not self.needs_images:
             return loss, {"denoising": loss.detach()}
         gan, logs = self.discriminator_loss(nets, x0, batch)
@@ -160,7 +154,4 @@ class DMD2(Method):
         sampler = self.sampler(nets.student.schedule)
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
         rung = draw_step(batch.random, len(sampler.timesteps), self.last_step_share)
-        with torch.no_grad():
-            x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
-        x0: Tensor = nets.student(x_t, t, batch.cond).x0
-        return x0
+        return backward_simulation(nets.student, sampler, noise, batch.cond, batch.random.normal_like, rung)[0].x0

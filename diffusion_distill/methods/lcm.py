@@ -60,7 +60,11 @@ class LCM(Method):
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(
-            self, zero_or_more=("guidance_scale",), above_zero=("timestep_shift", "huber_c"), at_least_one=("stages", "stage_steps")
+            self,
+            zero_or_more=("guidance_scale",),
+            above_zero=("timestep_shift", "huber_c"),
+            at_least_one=("stages", "stage_steps"),
+            below_one=("target_decay",),
         )
         self.num_inference_steps = check_steps(self.num_inference_steps)
         if self.solver_intervals < max(self.num_inference_steps):
@@ -69,8 +73,6 @@ class LCM(Method):
             raise reject(
                 "solver_intervals", self.solver_intervals, f"a multiple of {2 ** (self.stages - 1)}: halved {self.stages - 1} times"
             )
-        if not 0 <= self.target_decay < 1:
-            raise reject("target_decay", self.target_decay, "0 or more and below 1")
         low, high = self.min_guidance_scale, self.max_guidance_scale
         if self.guidance == "embedded" and not 0 <= low <= self.guidance_scale <= high < math.inf:
             values = (low, self.guidance_scale, high)

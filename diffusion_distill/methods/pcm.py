@@ -53,14 +53,16 @@ class PCM(Method):
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(
-            self, zero_or_more=("guidance_scale", "gan_weight"), above_zero=("timestep_shift", "huber_c"), at_least_one=("phases",)
+            self,
+            zero_or_more=("guidance_scale", "gan_weight"),
+            above_zero=("timestep_shift", "huber_c"),
+            at_least_one=("phases",),
+            below_one=("target_decay",),
         )
         if self.solver_intervals < 1 or self.solver_intervals % self.phases:
             raise reject(
                 "solver_intervals", self.solver_intervals, f"a multiple of the {self.phases} phases, so that edges are on the grid"
             )
-        if not 0 <= self.target_decay < 1:
-            raise reject("target_decay", self.target_decay, "0 or more and below 1")
 
     @property
     def needs_images(self) -> bool:

@@ -16,8 +16,16 @@ from ..losses import distribution_matching_direction, surrogate
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import agreement, diffuse_from, real_and_fake, subinterval_score_matching
-from .base import Batch, Loss, Method, Update, check_choices, check_numbers, draw_step
+from ..score_distillation import (
+    agreement,
+    backward_simulation,
+    diffuse_from,
+    draw_timesteps_above,
+    level_above,
+    real_and_fake,
+    subinterval_score_matching,
+)
+from .base import Batch, Loss, Method, Space, Update, check_choices, check_levels, check_numbers, draw_step
 
 
 @dataclass
@@ -60,7 +68,7 @@ class PhasedDMD(Method):
     """Noisiest noise level of the distribution-matching loss, as a fraction of the schedule."""
     level_shift: float = 1.0
     """Shift of the drawn noise levels towards noise: u -> shift u / (1 + (shift - 1) u) of the way from the cleanest to the noisiest."""
-    fake_score_loss: Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"] = "network"
+    fake_score_loss: Space = "network"
     """Space of the fake scores' squared error; `network` is the space that the network predicts in."""
     max_weight: float = 10.0
     """Largest weight of a fake score's error close to the end of its phase: min(1 / b^2, max_weight), b the added noise."""
@@ -76,16 +84,14 @@ class PhasedDMD(Method):
             zero_or_more=("guidance_scale",),
             above_zero=("timestep_shift", "level_shift", "expert_alpha", "max_weight", "normalizer_floor"),
             at_least_one=("phase_steps", "student_update_interval", "expert_rank"),
+            fraction=("last_step_share",),
         )
+        check_levels(self, "level_margin", "max_level")
         self.timesteps, self.steps_per_phase = tuple(self.timesteps), tuple(self.steps_per_phase)
         if not self.steps_per_phase or min(self.steps_per_phase) < 1:
             raise reject("steps_per_phase", self.steps_per_phase, "at least one phase, each of at least 1 step")
         if self.timesteps and len(self.timesteps) != sum(self.steps_per_phase):
             raise reject("timesteps", self.timesteps, f"steps_per_phase asks for {sum(self.steps_per_phase)} of them")
-        if not 0 <= self.level_margin < self.max_level <= 1:
-            raise reject("level_margin, max_level", (self.level_margin, self.max_level), "0 <= level_margin < max_level <= 1")
-        if self.last_step_share is not None and not 0 < self.last_step_share <= 1:
-            raise reject("last_step_share", self.last_step_share, "a share above 0 and at most 1, or none")
 
     @property
     def phases(self) -> int:
@@ -111,7 +117,7 @@ class PhasedDMD(Method):
         """The experts as one student. They change half-way between two steps, where rounding of a timestep cannot matter."""
         schedule, grid = nets.teacher.schedule, self.sampler(nets.teacher.schedule).timesteps
         for s in (self.end(schedule, phase) for phase in range(self.phases)):
-            if not self.lowest_level(schedule, s, self.level_margin) < self.max_level:
+            if not level_above(schedule, s, self.level_margin) < self.max_level:
                 raise reject("level_margin", self.level_margin, f"a phase ends at timestep {s:.2f}: no level is left below max_level")
         boundaries = [(grid[first - 1] + grid[first]) / 2 for first in accumulate(self.steps_per_phase[:-1])]
         return {"student": Experts([getattr(nets, role) for role in self.student_roles], boundaries)}
@@ -141,8 +147,9 @@ class PhasedDMD(Method):
         """In x0, as in LightX2V: x_s is affine in x0 with a positive factor, constant for each step, so the sign is that of x_s."""
         x0, x_s, s = self.generate(phase, nets, batch)
         batch.carried["x_s"] = x_s.detach()
-        t = self.levels(nets.teacher.schedule, s, self.level_margin, self.max_level, batch)
-        x_t = diffuse_from(nets.teacher.schedule, x_s.detach(), batch.random.normal_like(x_s), t, s)
+        schedule = nets.teacher.schedule
+        t = draw_timesteps_above(schedule, batch.random.uniform(), s, self.level_margin, self.max_level, self.level_shift)
+        x_t = diffuse_from(schedule, x_s.detach(), batch.random.normal_like(x_s), t, s)
         fake_score = getattr(nets, f"fake_score_{phase}")
         real, fake = real_and_fake(nets.teacher, fake_score, x_t, t, batch.cond, batch.uncond, self.guidance_scale)
         direction = distribution_matching_direction(x0.detach(), real.x0, fake.x0, self.normalizer_floor)
@@ -154,21 +161,10 @@ class PhasedDMD(Method):
         if x_s is None:
             with torch.no_grad():
                 x_s = self.generate(phase, nets, batch)[1]
-        t, eps = self.levels(schedule, s, 0.0, 1.0, batch), batch.random.normal_like(x_s)
-        space = None if self.fake_score_loss == "network" else self.fake_score_loss
-        fake_score = getattr(nets, f"fake_score_{phase}")
-        loss = subinterval_score_matching(fake_score, x_s, eps, t, s, batch.cond, self.max_weight, space)
+        t = draw_timesteps_above(schedule, batch.random.uniform(), s, 0.0, 1.0, self.level_shift)
+        fake_score, eps = getattr(nets, f"fake_score_{phase}"), batch.random.normal_like(x_s)
+        loss = subinterval_score_matching(fake_score, x_s, eps, t, s, batch.cond, self.max_weight, self.fake_score_loss)
         return loss, {"denoising": loss.detach()}
-
-    def levels(self, schedule: NoiseSchedule, s: float | None, margin: float, highest: float, batch: Batch) -> Tensor:
-        """Timesteps (B,) between `margin` above s and `highest`."""
-        u = batch.random.uniform()
-        u = self.level_shift * u / (1 + (self.level_shift - 1) * u)
-        lowest = self.lowest_level(schedule, s, margin)
-        return schedule.timestep(lowest + (highest - lowest) * u)
-
-    def lowest_level(self, schedule: NoiseSchedule, s: float | None, margin: float) -> float:
-        return margin if s is None else margin + float(schedule.level(torch.tensor(s, dtype=torch.float64)))
 
     def end(self, schedule: NoiseSchedule, phase: int) -> float | None:
         """The timestep at which `phase` ends and the next one begins; None is the data."""
@@ -180,9 +176,7 @@ class PhasedDMD(Method):
         sampler, s = self.sampler(schedule), self.end(schedule, phase)
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
         rung = sum(self.steps_per_phase[:phase]) + draw_step(batch.random, self.steps_per_phase[phase], self.last_step_share)
-        with torch.no_grad():
-            x_t, t = sampler.roll_out(nets.student, noise, batch.cond, batch.random.normal_like, rung)
-        pred = nets.student(x_t, t, batch.cond)
+        pred, t = backward_simulation(nets.student, sampler, noise, batch.cond, batch.random.normal_like, rung)
         if s is None:
             return pred.x0, pred.x0, s
         eps = batch.random.normal_like(pred.x0) if self.sampling == "sde" else pred.eps

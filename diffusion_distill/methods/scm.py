@@ -13,7 +13,7 @@ from ..consistency import ratio_range, same_dropout
 from ..denoiser import Denoiser, guided
 from ..errors import reject
 from ..families import Cond
-from ..jvp import backward_difference, central_difference, forward_derivative
+from ..jvp import Derivative, Function, derivative_along
 from ..networks import Networks
 from ..prediction import Prediction
 from ..sampler import FewStepSampler, check_steps, timesteps_at_ratios
@@ -46,7 +46,7 @@ class SCM(Method):
     """Standard deviation of ln(sigma / alpha); 1.6 on ImageNet."""
     sigma_max: float = 80.0
     """Noise-to-signal ratio where sampling starts; not above the teacher's own."""
-    derivative: Literal["forward", "central", "backward"] = "forward"
+    derivative: Derivative = "forward"
     """dF/da: exact by forward-mode differentiation, or a difference over `difference_step`. Prefer a difference where the network
     embeds its time steeply (timesteps of 0 to 1000, embedded by sines)."""
     difference_step: float = 1e-3
@@ -132,14 +132,9 @@ class SCM(Method):
         ratio = (self.p_mean + self.p_std * batch.random.normal((len(batch.random.slots),)).double()).exp()
         return angle_at_ratio(ratio.clamp(lowest * margin, highest), self.sigma_data)
 
-    def network(self, student: Denoiser, cond: Cond):  # type: ignore[no-untyped-def]
+    def network(self, student: Denoiser, cond: Cond) -> Function:
         """F as a function of (y, angle)."""
-
-        def predict(x_t: Tensor, t: Tensor) -> Prediction:
-            pred: Prediction = student(x_t, t, cond)
-            return pred
-
-        return lambda y, angle: trigflow_output(predict, student.schedule, y, angle, self.sigma_data)
+        return lambda y, angle: trigflow_output(lambda x_t, t: student(x_t, t, cond), student.schedule, y, angle, self.sigma_data)
 
     @torch.no_grad()
     def teacher_velocity(self, teacher: Denoiser, y: Tensor, angle: Tensor, batch: Batch) -> Tensor:
@@ -159,8 +154,4 @@ class SCM(Method):
             with same_dropout(y):
                 return network(y, angle)
 
-        if self.derivative == "forward":
-            return forward_derivative(function, point, direction)
-        if self.derivative == "central":
-            return central_difference(function, point, direction, self.difference_step)
-        return backward_difference(function, point, direction, self.difference_step, value)
+        return derivative_along(function, point, direction, self.derivative, self.difference_step, value)

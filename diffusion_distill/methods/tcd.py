@@ -50,7 +50,13 @@ class TCD(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_numbers(self, zero_or_more=("guidance_scale",), above_zero=("timestep_shift", "huber_c"), at_least_one=("stage_steps",))
+        check_numbers(
+            self,
+            zero_or_more=("guidance_scale",),
+            above_zero=("timestep_shift", "huber_c"),
+            at_least_one=("stage_steps",),
+            below_one=("target_decay",),
+        )
         self.num_inference_steps, self.segments = check_steps(self.num_inference_steps), tuple(self.segments)
         if self.solver_intervals < max(self.num_inference_steps):
             raise reject("solver_intervals", self.solver_intervals, f"at least the {max(self.num_inference_steps)} num_inference_steps")
@@ -58,8 +64,6 @@ class TCD(Method):
             raise reject("segments", self.segments, f"one or more numbers from 1 to the {self.solver_intervals} solver_intervals")
         if not 0 <= self.gamma <= 1:
             raise reject("gamma", self.gamma, "a share from 0 to 1")
-        if not 0 <= self.target_decay < 1:
-            raise reject("target_decay", self.target_decay, "0 or more and below 1")
 
     @property
     def needs_images(self) -> bool:

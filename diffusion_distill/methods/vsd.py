@@ -13,8 +13,8 @@ from ..losses import distribution_matching_direction, surrogate, variational_dir
 from ..networks import Networks
 from ..sampler import FewStepSampler, uniform_timesteps
 from ..schedule import NoiseSchedule
-from ..score_distillation import agreement, denoising_score_matching, guided_pair, reliability
-from .base import Batch, Loss, Method, Update, check_choices, check_numbers
+from ..score_distillation import agreement, backward_simulation, denoising_score_matching, draw_timesteps, guided_pair, reliability
+from .base import Batch, Loss, Method, Space, Update, check_choices, check_levels, check_numbers
 
 
 @dataclass
@@ -50,7 +50,7 @@ class VSD(Method):
     """Names of the layers that the fake score adapts. Empty: all that the teacher's family lists for LoRA."""
     fake_score_learning_rate: float = 1e-3
     """Learning rate of the fake score."""
-    fake_score_loss: Literal["network", "sample", "epsilon", "v_prediction", "flow_prediction"] = "network"
+    fake_score_loss: Space = "network"
     """Space of the fake score's squared error; `network` is the space that the network predicts in."""
     unconditional_share: float = 0.1
     """Share of the steps in which the fake score trains without conditions, on its whole batch."""
@@ -69,8 +69,7 @@ class VSD(Method):
             raise reject("timesteps", self.timesteps, "one timestep at most: the student takes one step")
         if self.guidance_range and not (len(self.guidance_range) == 2 and 0 <= self.guidance_range[0] <= self.guidance_range[1] < math.inf):
             raise reject("guidance_range", self.guidance_range, "the lowest and the highest scale, or nothing")
-        if not 0 <= self.min_level < self.max_level <= 1:
-            raise reject("min_level, max_level", (self.min_level, self.max_level), "0 <= min_level < max_level <= 1")
+        check_levels(self, "min_level", "max_level")
         if not 0 <= self.unconditional_share <= 1:
             raise reject("unconditional_share", self.unconditional_share, "a share from 0 to 1")
 
@@ -97,7 +96,7 @@ class VSD(Method):
         x0 = self.generate(nets, batch)
         batch.carried["x0"] = x0.detach()
         scale = self.draw_guidance(batch)
-        t = nets.teacher.schedule.timestep(self.min_level + (self.max_level - self.min_level) * batch.random.uniform())
+        t = draw_timesteps(nets.teacher.schedule, batch.random.uniform(), self.min_level, self.max_level)
         x_t = nets.teacher.schedule.add_noise(x0.detach(), batch.random.normal_like(x0), t)
         scales = (scale, scale if self.guided_networks == "both" else 1.0)
         real, fake = guided_pair(nets.teacher, nets.fake_score, x_t, t, batch.cond, batch.uncond, scales)
@@ -111,8 +110,8 @@ class VSD(Method):
         x0, schedule = batch.carried.pop("x0"), nets.fake_score.schedule
         dropped = batch.random.shared_integer(10**6) < self.unconditional_share * 10**6
         t, eps = schedule.timestep(batch.random.uniform()), batch.random.normal_like(x0)
-        space = None if self.fake_score_loss == "network" else self.fake_score_loss
-        loss = denoising_score_matching(nets.fake_score, x0, eps, t, batch.uncond if dropped else batch.cond, space)
+        cond = batch.uncond if dropped else batch.cond
+        loss = denoising_score_matching(nets.fake_score, x0, eps, t, cond, self.fake_score_loss)
         return loss, {"denoising": loss.detach()}
 
     def draw_guidance(self, batch: Batch) -> float:
@@ -125,6 +124,5 @@ class VSD(Method):
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """x0 (B, ...) of the student's one step from unit noise, with gradient."""
         noise = batch.random.normal((len(batch.random.slots), *batch.sample_shape))
-        x_t, t = self.sampler(nets.student.schedule).roll_out(nets.student, noise, batch.cond, batch.random.normal_like, 0)
-        x0: Tensor = nets.student(x_t, t, batch.cond).x0
-        return x0
+        sampler = self.sampler(nets.student.schedule)
+        return backward_simulation(nets.student, sampler, noise, batch.cond, batch.random.normal_like, 0)[0].x0
