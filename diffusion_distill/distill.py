@@ -1,5 +1,6 @@
 """From a pipeline to an exported student in one call."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from .data import DataConfig, build_dataset
 from .export import check_exportable, export_student, push_to_hub, verify_export
 from .families import family_of
 from .methods import METHODS, Method
+from .pair_settings import pair_warnings
+from .pairs import PairDataset
 from .preflight import check_input
 from .provenance import provenance, write_json
 from .redaction import redacted
@@ -58,6 +61,9 @@ def distill(
     """
     trainer = Trainer(pipe, method, config, dataset, resolution, settings)
     check_exportable(pipe, trainer.nets.student, trainer.samplers, trainer.family)
+    if isinstance(dataset, PairDataset) and trainer.accelerator.is_main_process:
+        for line in pair_warnings(dataset.settings, method.expected_pairs, max(len(sampler.timesteps) for sampler in trainer.samplers)):
+            print("warning:", line, file=sys.stderr)
     trainer.train()
     trainer.release()
     folder = trainer.output_dir / STUDENT

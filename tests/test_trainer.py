@@ -17,12 +17,14 @@ from tiny_pipelines import class_conditional
 
 from diffusion_distill import DMD2, InputError, NonFiniteError, TrainConfig, Trainer
 from diffusion_distill.data import DataConfig, build_dataset
+from diffusion_distill.denoiser import Denoiser
 from diffusion_distill.methods import ASD, DMD, LCM, PCM, SCM, TCD, VSD, Consistency, Method, PhasedDMD, Reflow, ReflowDistillation
 
 PROCESSES = ("flow", "v_prediction", "epsilon")
 IMAGE_FREE = DMD2(num_inference_steps=2, guidance_scale=1.0, gan_weight=0.0, student_update_interval=2)
 GAN = DMD2(num_inference_steps=2, guidance_scale=2.0, gan_weight=0.1, student_update_interval=2, discriminator="fake_score")
 PHASED = PhasedDMD((1, 1), timestep_shift=1.0, experts="full", guidance_scale=1.0, phase_steps=3, student_update_interval=2)
+JOINT = PhasedDMD((1, 1), timestep_shift=1.0, training="joint", expert_rank=2, guidance_scale=2.0, student_update_interval=2)
 REGRESSED = DMD(guidance_scale=2.0, regression_distance="teacher_features")
 EASY = Consistency(stages=2, stage_steps=3)
 CONSISTENT = Consistency((1, 2), neighbour="distillation", discretization="grid", guidance_scale=2.0, target="follower", target_decay=0.8)
@@ -46,6 +48,7 @@ METHODS: dict[str, Method] = {
     "image_free": IMAGE_FREE,
     "gan": GAN,
     "phased": PHASED,
+    "phased_joint": JOINT,
     "dmd": REGRESSED,
     "easy": EASY,
     "consistency": CONSISTENT,
@@ -98,6 +101,24 @@ def test_a_step_moves_exactly_the_roles_of_its_turns(tmp_path: Path, name: str, 
         changed = {role for role in roles if any(not torch.equal(a, b) for a, b in zip(before[role], after[role], strict=True))}
         assert changed == moved
         assert all(p.grad is None and not p.requires_grad for role in roles for p in after[role])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_predictions_of_frozen_networks_record_no_graph(tmp_path: Path, name: str) -> None:
+    """A loss is differentiated through frozen features of a discriminator or a distance at most, and through no prediction."""
+    run = trainer(tmp_path, METHODS[name])
+    recorded: list[tuple[str, bool, bool]] = []
+
+    def note(role: str, prediction: Any) -> None:
+        trains = role in run.trained and any(p.requires_grad for p in run.nets.parameters(role).values())
+        recorded.append((role, trains, prediction.x0.requires_grad))
+
+    for role in run.nets:
+        if isinstance(net := getattr(run.nets, role), Denoiser):
+            net.register_forward_hook(lambda module, args, prediction, role=role: note(role, prediction))
+    run.train_step(run._prepare(next(run._data())))
+    assert any(graph for _, _, graph in recorded)
+    assert not [role for role, trains, graph in recorded if graph and not trains]
 
 
 def test_lora_moves_the_adapter_alone(tmp_path: Path) -> None:
