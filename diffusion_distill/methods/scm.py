@@ -27,7 +27,7 @@ class SCM(Method):
     """The student's x0 stays the same along the teacher's trajectory: its derivative there, the tangent, is driven to zero.
 
     Angles a in [0, pi/2] are TrigFlow's, tan(a) = sigma / (alpha sigma_data); the network stays the teacher's own kind. Defaults are
-    the paper's on CIFAR-10 (app. G.2), but for `weighting`.
+    the paper's on CIFAR-10 (app. G.2).
     """
 
     num_inference_steps: tuple[int, ...] = (1, 2)
@@ -57,11 +57,13 @@ class SCM(Method):
     """|g| in g / (|g| + c): the Euclidean norm of a sample's tangent, or that divided by the root of its dimensions."""
     tangent_c: float = 0.1
     """c in g / (|g| + c)."""
-    weighting: Literal["inverse_ratio", "uniform"] = "inverse_ratio"
-    """Weight of a sample beside the learned one: alpha / sigma (released code of FastGen and SANA-Sprint), or 1 (the paper, whose prior
-    weight 1 / (sigma_data tan(a)) is what makes sin(a) df/da the cos(a) df/da of the tangent; app. D)."""
+    weighting: Literal["uniform", "inverse_ratio"] = "uniform"
+    """Weight of a sample beside the learned one: 1 (the paper, whose prior weight 1 / (sigma_data tan(a)) is what makes sin(a) df/da
+    the cos(a) df/da of the tangent; app. D), or alpha / sigma once more (released code of FastGen and SANA-Sprint)."""
     adaptive_weighting: bool = True
     """Learn the size of the loss at each angle and divide by it."""
+    log_variance_learning_rate: float | None = None
+    """Learning rate of that size. None: the student's, at which it hardly moves within a thousand steps."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -80,6 +82,9 @@ class SCM(Method):
 
     def extra_networks(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, nn.Module]:
         return {"log_variance": LogVariance().to(x_t.device)} if self.adaptive_weighting else {}
+
+    def learning_rate(self, role: str) -> float | None:
+        return self.log_variance_learning_rate if role == "log_variance" else None
 
     def sampler(self, schedule: NoiseSchedule) -> FewStepSampler:
         return self.samplers(schedule)[0]
