@@ -62,10 +62,9 @@ def open_pipeline(folder: Path, trust_remote_code: bool, dtype: torch.dtype | No
     Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
     # diffusers copies a folder's own code into a cache that all processes share: another could read half of it
     with FileLock(Path(HF_MODULES_CACHE, "loading.lock")):
-        precision = {} if dtype is None else {"torch_dtype": dtype}
-        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code, **precision)
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if dtype is None else pipe.to(dtype)
 
 
 def denoising_networks(pipe: Any) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from processes import Team
 from tqdm import tqdm
 
 MANIFEST = "samples.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger("eval")
 

@@ -229,7 +229,7 @@ def launch(arguments: list[str], cwd: Path, processes: int) -> str:
     several = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "EVAL_CACHE": str(cwd / f"cache-{processes}"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *several, str(EVAL / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
