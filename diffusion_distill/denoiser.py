@@ -89,5 +89,5 @@ def _both(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) 
         return denoiser(x_t, t, cond), denoiser(x_t, t, uncond)
     both: Prediction = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), {k: torch.cat([cond[k], uncond[k]]) for k in cond})
     halves = zip(*(value.chunk(2) for value in (both.x0, both.eps, both.alpha, both.sigma)), strict=True)
-    first, second = (Prediction(*half, both.sigma_data) for half in halves)
+    first, second = (Prediction(x0, eps, alpha, sigma, both.sigma_data) for x0, eps, alpha, sigma in halves)
     return first, second
