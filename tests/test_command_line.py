@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +36,25 @@ def run(*flags: str, method: str = "dmd2") -> int:
     return int(stop.value.code or 0)
 
 
-def test_from_flags_to_a_student_that_diffusers_loads(tmp_path: Path, teacher: Path) -> None:
-    flags = [*SMALL, "--dataset", "digits", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "run")]
+def test_from_flags_to_a_student_that_diffusers_loads(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x7" * 17)
+    flags = [
+        *SMALL,
+        "--hub_model_id",
+        os.environ["HF_TOKEN"],
+        "--dataset",
+        "digits",
+        "--num_inference_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     assert run("--pretrained_model_name_or_path", str(teacher), *flags) == 0
     student = tmp_path / "run" / "student"
     record = json.loads((student / "distillation.json").read_text())
     assert record["method"] == "dmd2" and record["samplers"][0]["timesteps"] == [1000.0, 500.0] and record["teacher"] == str(teacher)
     assert json.loads((student / "verification.json").read_text())["max_difference"] <= 1e-6
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and os.environ["HF_TOKEN"].encode() in path.read_bytes()]
     pipe = DiffusionPipeline.from_pretrained(student, trust_remote_code=True)
     assert len(pipe(class_labels=[1, 2]).images) == 2
     assert "trust_remote_code=True" in (student / "README.md").read_text()
