@@ -22,6 +22,7 @@ from diffusion_distill.networks import Networks
 from diffusion_distill.train_config import TrainConfig
 
 NAMES = ["stable_diffusion", "stable_diffusion_3", "flux", "qwen_image", "z_image", "class_conditional_flow"]
+NAMES += ["pixart_sigma", "sana", "class_dit", "wan"]
 SMALL = Adapter(rank=2, alpha=3.0, targets=("to_q", "to_v"))
 
 

@@ -38,6 +38,7 @@ GRIDS = {
     8: {"vp": [999, 874, 749, 624, 499, 374, 249, 124], "flow": [1000, 875, 750, 625, 500, 375, 250, 125]},
 }
 FLOW_TRANSFORMERS = ("flux", "qwen_image", "z_image")
+LATENT_TRANSFORMERS = ("pixart_sigma", "sana", "class_dit", "wan")
 INFO = {"teacher": "owner/teacher", "method": "DMD2", "hyper_parameters": {"learning_rate": 1e-5}, "packages": {"torch": "2"}}
 
 
@@ -101,7 +102,7 @@ def test_diffusers_samples_what_the_trainer_samples(name: str, kind: Kind, steps
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", *FLOW_TRANSFORMERS, "class_conditional_v"]
+    "name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", *FLOW_TRANSFORMERS, "pixart_alpha", "class_conditional_v"]
 )
 @pytest.mark.parametrize(
     ("kind", "grid"), [("sde", [399]), ("ode", [399]), ("sde", [900, 399, 20]), ("ode", [900, 399, 20]), ("ode", [999, 666, 332])]
@@ -195,7 +196,9 @@ def test_a_tampered_folder_fails(name: str, file: str, changes: dict[str, Any], 
 # ------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("name", ["class_conditional_flow", "stable_diffusion", "stable_diffusion_3", *FLOW_TRANSFORMERS])
+@pytest.mark.parametrize(
+    "name", ["class_conditional_flow", "stable_diffusion", "stable_diffusion_3", *FLOW_TRANSFORMERS, *LATENT_TRANSFORMERS]
+)
 def test_lora_adapters_are_merged_in_a_copy(name: str, tmp_path: Path, in_process: None) -> None:
     pipe = PIPELINES[name]()
     student: Any = trainable_copy(denoiser_of(pipe))
