@@ -1,6 +1,6 @@
 """Kills training with SIGKILL at random moments, again and again, and looks at what is left; and what frequent checkpoints cost.
 
-    make soak                     # about five minutes on one core; writes benchmarks/results/soak_cpu.json
+    make soak                     # about five CPU minutes; writes benchmarks/results/soak_cpu.json
     make soak SOAK_KILLS=5000     # longer
 
 `training`: the real trainer on tiny networks, a checkpoint every step, killed in a forked child. After each kill the newest visible

@@ -47,7 +47,7 @@ def start(act: Callable[[], Any], log: Path, **environment: str) -> int:
         os._exit(code)
 
 
-def end(process: int, log: Path, seconds: float = 300) -> int:
+def end(process: int, log: Path, seconds: float = 900) -> int:
     """Exit code of the child, negative for the signal that ended it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
