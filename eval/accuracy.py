@@ -9,8 +9,8 @@ Class means score 1 here: read it beside a distance and a measure of variety.
 from dataclasses import dataclass
 
 import torch
-from command_line import reject, run
-from measurement import Estimates, FeatureConfig, Inputs, mean_estimate, measure
+from common.command_line import reject, run
+from common.measurement import Estimates, FeatureConfig, Inputs, mean_estimate, measure
 
 
 @dataclass(frozen=True, kw_only=True)

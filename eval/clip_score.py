@@ -11,9 +11,9 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from command_line import InputError, reject, run
-from extractors import Extractor
-from measurement import Estimates, FeatureConfig, Inputs, mean_estimate, measure
+from common.command_line import InputError, reject, run
+from common.extractors import Extractor
+from common.measurement import Estimates, FeatureConfig, Inputs, mean_estimate, measure
 from torch import Tensor
 
 TEXT_BATCH = 64

@@ -15,17 +15,17 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import report_prompts
 import tyro
-from checks import NotFiniteError
-from command_line import reject, run
+from common.checks import NotFiniteError
+from common.command_line import reject, run
+from common.generate import balanced_labels, generate, image_seed, load_pipeline
 from evaluate import EvaluateConfig, Settings, evaluate, load_judge
-from generate import balanced_labels, generate, image_seed, load_pipeline
-from pictures import grid, to_pil
-from report import REFERENCE_STEPS, Column, Report, ScoredPrompt
-from report_html import write_html
-from report_markdown import write_markdown
-from report_reading import Pictures, commit, model_from, ordered_results, protocol_from, served_steps, versions_from
+from report import prompts as report_prompts
+from report.data import REFERENCE_STEPS, Column, Report, ScoredPrompt
+from report.html_page import write_html
+from report.markdown import write_markdown
+from report.pictures import grid, to_pil
+from report.reading import Pictures, commit, model_from, ordered_results, protocol_from, served_steps, versions_from
 from tqdm import tqdm
 
 GRID_ROWS = 8

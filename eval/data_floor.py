@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from command_line import reject, run
-from feature_networks import FeatureNetwork, load_feature_network
-from metrics import Judge, frechet_distance
-from reference_data import ReferenceData, load_reference_data
+from common.command_line import reject, run
+from common.feature_networks import FeatureNetwork, load_feature_network
+from common.metrics import Judge, frechet_distance
+from common.reference_data import ReferenceData, load_reference_data
+from common.statistics_over_seeds import summary
 from sklearn.model_selection import train_test_split
-from statistics_over_seeds import summary
 
 
 @dataclass(frozen=True)

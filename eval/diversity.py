@@ -10,8 +10,8 @@ its Fréchet distance. Images without prompts or labels count as of one.
 from dataclasses import dataclass
 
 import torch
-from command_line import reject, run
-from measurement import Estimate, Estimates, FeatureConfig, Inputs, mean_estimate, measure
+from common.command_line import reject, run
+from common.measurement import Estimate, Estimates, FeatureConfig, Inputs, mean_estimate, measure
 from torch import Tensor
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from command_line import reject, run
-from evaluation_file import (
+from common.command_line import reject, run
+from common.evaluation_file import (
     complete_results,
     describe,
     distillation_record,
@@ -29,14 +29,14 @@ from evaluation_file import (
     result_of,
     write_report,
 )
-from evaluation_file import plus_minus as plus_minus
-from feature_networks import load_feature_network
-from fingerprints import fingerprint
-from generate import balanced_labels, generate, load_pipeline
-from metrics import Judge
-from neighbours import NEIGHBOURS
-from reference_data import load_reference_data
-from statistics_over_seeds import summary
+from common.evaluation_file import plus_minus as plus_minus
+from common.feature_networks import load_feature_network
+from common.fingerprints import fingerprint
+from common.generate import balanced_labels, generate, load_pipeline
+from common.metrics import Judge
+from common.neighbours import NEIGHBOURS
+from common.reference_data import load_reference_data
+from common.statistics_over_seeds import summary
 
 MANIFOLD_METRICS = ("precision", "recall")
 DEFAULT_NETWORK = "digits"

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accuracy import AccuracyConfig, accuracy
 from clip_score import ClipScoreConfig, clip_score
-from command_line import reject
+from common.command_line import reject
+from common.evaluation_file import distillation_record, environment, open_report, result_of, write_report
+from common.fingerprints import fingerprint
+from common.image_files import ImageSet, file_sha256, open_folder
+from common.measurement import AgainstReferenceConfig, Estimates, FeatureConfig, Inputs, collect
+from common.processes import Team, join
+from common.sampling import SamplingConfig, open_images, sampling_cost
+from common.statistics_over_seeds import summary
 from diversity import DiversityConfig, diversity
-from evaluation_file import distillation_record, environment, open_report, result_of, write_report
 from fid import FidConfig, fid
-from fingerprints import fingerprint
-from image_files import ImageSet, file_sha256, open_folder
 from inception_score import InceptionScoreConfig, score
 from kid import KidConfig, kid
-from measurement import AgainstReferenceConfig, Estimates, FeatureConfig, Inputs, collect
 from memorization import MemorizationConfig, memorization
 from precision_recall import PrecisionRecallConfig, precision_recall_density_coverage
-from processes import Team, join
-from sampling import SamplingConfig, open_images, sampling_cost
-from statistics_over_seeds import summary
 
 if TYPE_CHECKING:
     from evaluate import EvaluateConfig

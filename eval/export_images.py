@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from command_line import reject, run
-from image_files import ImageSet, read_jsonl, write_jsonl
+from common.command_line import reject, run
+from common.image_files import ImageSet, read_jsonl, write_jsonl
+from common.processes import join
+from common.sampling import SamplingConfig, open_images
 from PIL import Image
-from processes import join
-from sampling import SamplingConfig, open_images
 
 Row = dict[str, Any]
 DPG_GRID = 4  # images of a prompt in one file, two by two

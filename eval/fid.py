@@ -9,9 +9,9 @@ others publish figures. The error is of a bootstrap over the generated images an
 
 from dataclasses import dataclass
 
-from command_line import reject, run
-from distances import frechet, frechet_bootstrap_error, statistics_of, warn_if_few
-from measurement import AgainstReferenceConfig, Estimate, Estimates, Inputs, measure
+from common.command_line import reject, run
+from common.distances import frechet, frechet_bootstrap_error, statistics_of, warn_if_few
+from common.measurement import AgainstReferenceConfig, Estimate, Estimates, Inputs, measure
 
 
 @dataclass(frozen=True, kw_only=True)

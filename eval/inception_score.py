@@ -6,9 +6,9 @@ accelerate launch eval/inception_score.py FOLDER
 from dataclasses import dataclass
 
 import torch
-from command_line import reject, run
-from distances import inception_score
-from measurement import Estimate, Estimates, FeatureConfig, Inputs, measure
+from common.command_line import reject, run
+from common.distances import inception_score
+from common.measurement import Estimate, Estimates, FeatureConfig, Inputs, measure
 
 
 @dataclass(frozen=True, kw_only=True)

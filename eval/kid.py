@@ -7,9 +7,9 @@ Mean and standard deviation over random subsets, drawn as torch-fidelity draws t
 
 from dataclasses import dataclass
 
-from command_line import reject, run
-from distances import KID_SUBSET_SIZE, KID_SUBSETS, kernel_distance
-from measurement import AgainstReferenceConfig, Estimate, Estimates, Inputs, measure
+from common.command_line import reject, run
+from common.distances import KID_SUBSET_SIZE, KID_SUBSETS, kernel_distance
+from common.measurement import AgainstReferenceConfig, Estimate, Estimates, Inputs, measure
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from command_line import run
-from measurement import AgainstReferenceConfig, Estimates, Inputs, mean_estimate, measure
-from neighbours import nearest, nearest_of_the_others
+from common.command_line import run
+from common.measurement import AgainstReferenceConfig, Estimates, Inputs, mean_estimate, measure
+from common.neighbours import nearest, nearest_of_the_others
 
 COPY_QUANTILE = 0.01
 

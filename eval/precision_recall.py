@@ -8,9 +8,9 @@ over the points of one set, the other held fixed.
 
 from dataclasses import dataclass
 
-from command_line import reject, run
-from measurement import AgainstReferenceConfig, Estimates, Inputs, mean_estimate, measure
-from neighbours import NEIGHBOURS, manifold
+from common.command_line import reject, run
+from common.measurement import AgainstReferenceConfig, Estimates, Inputs, mean_estimate, measure
+from common.neighbours import NEIGHBOURS, manifold
 
 
 @dataclass(frozen=True, kw_only=True)

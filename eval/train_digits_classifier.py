@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from command_line import reject, run
-from feature_networks import DigitsClassifier, save_feature_network, sha256_of
-from reference_data import ReferenceData, digits
+from common.command_line import reject, run
+from common.feature_networks import DigitsClassifier, save_feature_network, sha256_of
+from common.reference_data import ReferenceData, digits
 from torch import Tensor
 
 DATA_LICENCE = (

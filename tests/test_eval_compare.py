@@ -18,10 +18,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import sampling
-from command_line import InputError
+from common import sampling
+from common.command_line import InputError
+from common.generate import image_seed
 from compare import CompareConfig, compare
-from generate import image_seed
 from tiny_pipelines import stable_diffusion
 from tiny_pipelines.parts import clip_config, clip_tokenizer, seeded
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-from checks import NotFiniteError
-from command_line import InputError
-from distances import Statistics, frechet, frechet_bootstrap_error, inception_score, kernel_distance, statistics_of, warn_if_few
+from common.checks import NotFiniteError
+from common.command_line import InputError
+from common.distances import Statistics, frechet, frechet_bootstrap_error, inception_score, kernel_distance, statistics_of, warn_if_few
+from common.measurement import mean_estimate
+from common.neighbours import manifold, nearest, precision_recall
 from diversity import mean_pair_distance
-from measurement import mean_estimate
 from memorization import copy_threshold
-from neighbours import manifold, nearest, precision_recall
 
 
 def features(rows: int, columns: int, seed: int, shift: float = 0.0) -> Tensor:

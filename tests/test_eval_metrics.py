@@ -14,11 +14,11 @@ from sklearn.model_selection import train_test_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import feature_networks as fn
-import metrics
-from command_line import InputError
+from common import feature_networks as fn
+from common import metrics
+from common.command_line import InputError
+from common.reference_data import digits, load_reference_data
 from data_floor import data_floor, resplit
-from reference_data import digits, load_reference_data
 from train_digits_classifier import Recipe, augment, train
 
 

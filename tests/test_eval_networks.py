@@ -29,18 +29,17 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import inception
-import perceptual
 from accuracy import AccuracyConfig, accuracy
 from clip_score import ClipScoreConfig, clip_score
-from command_line import InputError
-from extractors import load_extractor, resize_bicubic, resize_clean
-from image_files import ImageSet, open_folder, write_jsonl
-from measurement import Inputs
-from metrics import frechet_distance
-from processes import Team
-from reference_data import digits
-from set_features import set_features
+from common import inception, perceptual
+from common.command_line import InputError
+from common.extractors import load_extractor, resize_bicubic, resize_clean
+from common.image_files import ImageSet, open_folder, write_jsonl
+from common.measurement import Inputs
+from common.metrics import frechet_distance
+from common.processes import Team
+from common.reference_data import digits
+from common.set_features import set_features
 
 
 def pictures(count: int = 3, height: int = 40, width: int = 56) -> Tensor:

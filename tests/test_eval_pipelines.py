@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 import compare as comparison
 import evaluate as evaluation
-from command_line import InputError, run
+from common.command_line import InputError, run
+from common.generate import balanced_labels, generate, image_seed, load_pipeline
+from common.metrics import NotFiniteError
 from compare import CompareConfig, compare
 from data_floor import FloorConfig
 from data_floor import main as floor
 from evaluate import EvaluateConfig, evaluate, fingerprint
-from generate import balanced_labels, generate, image_seed, load_pipeline
-from metrics import NotFiniteError
 from tiny_pipelines import class_conditional, stable_diffusion
 from train_digits_classifier import Recipe
 from train_digits_classifier import main as train_classifier

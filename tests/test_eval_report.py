@@ -18,13 +18,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import report_text
-from pictures import Curve, Point, as_svg, grid, quality_plot, save_grid
-from report import Column, Entry, Model, Report, ScoredPrompt, Value, judged, value_from
-from report_html import render
-from report_markdown import fenced, plain, write_markdown
-from report_metrics import BY_KEY, METRICS, metric_named
-from report_reading import entry_from
+from report import text as report_text
+from report.data import Column, Entry, Model, Report, ScoredPrompt, Value, judged, value_from
+from report.html_page import render
+from report.markdown import fenced, plain, write_markdown
+from report.metric_words import BY_KEY, METRICS, metric_named
+from report.pictures import Curve, Point, as_svg, grid, quality_plot, save_grid
+from report.reading import entry_from
 
 HOSTILE = (
     "<script>alert('x')</script> | [a](http://evil.example/x.js) `b` \"><img src=http://evil.example/y onerror=alert(1)>\n# c & *d* $e$"

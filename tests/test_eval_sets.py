@@ -18,25 +18,26 @@ from tiny_pipelines.parts import seeded
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import sampling
-from checks import NotFiniteError
-from command_line import InputError, run
+from common import sampling
+from common.checks import NotFiniteError
+from common.command_line import InputError, run
+from common.extractors import load_extractor
+from common.generate import image_seed
+from common.image_files import file_sha256, open_folder, read_image, read_jsonl, write_jsonl
+from common.measurement import AgainstReferenceConfig, collect, measure
+from common.processes import Team
+from common.references import load_reference
+from common.sampling import SamplingConfig, open_images, quantise, sampling_cost
+from common.set_features import set_features
 from diversity import DiversityConfig, diversity
 from evaluate import EvaluateConfig, evaluate
 from export_images import ExportConfig
 from export_images import main as export
-from extractors import load_extractor
 from fid import FidConfig, fid
-from generate import image_seed
-from image_files import file_sha256, open_folder, read_image, read_jsonl, write_jsonl
 from kid import KidConfig, kid
-from measurement import AgainstReferenceConfig, collect, measure
 from memorization import MemorizationConfig, memorization
-from processes import Team
-from reference_statistics import ReferenceConfig, load_reference
+from reference_statistics import ReferenceConfig
 from reference_statistics import main as write_statistics
-from sampling import SamplingConfig, open_images, quantise, sampling_cost
-from set_features import set_features
 
 EVAL = Path(__file__).resolve().parents[1] / "eval"
 ALONE = Team()

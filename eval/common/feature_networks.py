@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from command_line import InputError, reject
+from common.command_line import InputError, reject
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 class FeatureNetwork(nn.Module, ABC):

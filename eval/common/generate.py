@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import InputError, reject
+from common.command_line import InputError, reject
 from diffusers import DiffusionPipeline
 from diffusers.utils import HF_MODULES_CACHE
 from filelock import FileLock

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import InputError, reject
+from common.command_line import InputError, reject
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import report_text as text
-from pictures import grid, quality_plot
 from PIL import Image
-from report import Entry, Report, ScoredPrompt
+from report import text as text
+from report.data import Entry, Report, ScoredPrompt
+from report.pictures import grid, quality_plot
 
 SAMPLES = "samples.png"
 

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from checks import NotFiniteError as NotFiniteError
-from checks import check_finite
-from command_line import reject
-from feature_networks import FeatureNetwork
-from neighbours import nearest_distances, precision_recall
-from reference_data import ReferenceData
+from common.checks import NotFiniteError as NotFiniteError
+from common.checks import check_finite
+from common.command_line import reject
+from common.feature_networks import FeatureNetwork
+from common.neighbours import nearest_distances, precision_recall
+from common.reference_data import ReferenceData
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 

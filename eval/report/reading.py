@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluate import complete_results
+from common.evaluation_file import complete_results
 from PIL import Image
-from report import Entry, Model, value_from
+from report.data import Entry, Model, value_from
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def commit() -> str:
     """Commit of this checkout, marked where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return "unknown"
     return done.stdout.strip() or "unknown"

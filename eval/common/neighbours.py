@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from command_line import reject
+from common.command_line import reject
 from torch import Tensor
 
 NEIGHBOURS = 5

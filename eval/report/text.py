@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pictures import Curve, Point
-from report import REFERENCE_STEPS, Entry, Model, Report, ScoredPrompt, Value, Verdict
-from report_metrics import BY_KEY, Metric
+from report.data import REFERENCE_STEPS, Entry, Model, Report, ScoredPrompt, Value, Verdict
+from report.metric_words import BY_KEY, Metric
+from report.pictures import Curve, Point
 
 HEADINGS = {
     "summary": "In short",

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from extractors import Extractor, load_extractor
-from image_files import ImageSet, open_folder
-from processes import Team, join
-from reference_statistics import Reference, load_reference
-from sampling import SamplingConfig, open_images, sampling_cost
-from set_features import set_features
+from common.extractors import Extractor, load_extractor
+from common.image_files import ImageSet, open_folder
+from common.processes import Team, join
+from common.references import Reference, load_reference
+from common.sampling import SamplingConfig, open_images, sampling_cost
+from common.set_features import set_features
 from torch import Tensor
 
 

@@ -19,12 +19,12 @@ import diffusers
 import numpy as np
 import torch
 import tyro
-from checks import check_finite
-from command_line import InputError, reject
-from fingerprints import fingerprint
-from generate import count_rows, denoising_networks, image_seed, open_pipeline
-from image_files import ImageSet, open_folder, read_jsonl, write_jsonl, write_png
-from processes import Team
+from common.checks import check_finite
+from common.command_line import InputError, reject
+from common.fingerprints import fingerprint
+from common.generate import count_rows, denoising_networks, image_seed, open_pipeline
+from common.image_files import ImageSet, open_folder, read_jsonl, write_jsonl, write_png
+from common.processes import Team
 from tqdm import tqdm
 
 MANIFEST = "samples.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from command_line import InputError, reject
+from common.command_line import InputError, reject
 
 
 def open_report(path: Path, header: dict[str, Any], overwrite: bool) -> dict[str, Any]:

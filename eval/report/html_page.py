@@ -5,16 +5,16 @@ import io
 from pathlib import Path
 from typing import Any
 
-import report_text as text
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from pictures import Theme, as_svg, quality_plot
 from PIL import Image
-from report import Report
+from report import text as text
+from report.data import Report
+from report.pictures import Theme, as_svg, quality_plot
 
 LARGEST = 256  # pixels; larger images are shown reduced to this
 PIXELATED = 64  # images up to this side are enlarged without smoothing
-TEMPLATE = "report_template.html"
+TEMPLATE = "template.html"
 
 
 def write_html(report: Report, folder: Path) -> Path:

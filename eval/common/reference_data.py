@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from command_line import reject
+from common.command_line import reject
 from torch import Tensor
 
 

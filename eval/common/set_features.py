@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checks import check_finite
-from extractors import Extractor
-from image_files import ImageSet, read_image
-from processes import Team
+from common.checks import check_finite
+from common.extractors import Extractor
+from common.image_files import ImageSet, read_image
+from common.processes import Team
 from torch import Tensor
 from tqdm import tqdm
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from command_line import InputError
+from common.command_line import InputError
 from torch import Tensor, nn
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import torchmetrics.functional.image as torchmetrics_image
-from command_line import InputError
-from inception import UNREADABLE
+from common.command_line import InputError
+from common.inception import UNREADABLE
 from torch import Tensor, nn
 
 WEIGHTS_FILE = "alexnet-owt-7be5be79.pth"

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import inception
 import numpy as np
-import perceptual
 import torch
-from command_line import InputError, reject
-from feature_networks import FEATURE_NETWORKS, FeatureNetwork, load_feature_network
+from common import inception, perceptual
+from common.command_line import InputError, reject
+from common.feature_networks import FEATURE_NETWORKS, FeatureNetwork, load_feature_network
+from common.image_files import file_sha256
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from image_files import file_sha256
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """What no metric can be computed from."""
 
-from command_line import InputError
+from common.command_line import InputError
 from torch import Tensor
 
 

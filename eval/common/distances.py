@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from checks import check_finite
-from command_line import reject
+from common.checks import check_finite
+from common.command_line import reject
 from torch import Tensor
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

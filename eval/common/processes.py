@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from command_line import reject
-from generate import find_device
+from common.command_line import reject
+from common.generate import find_device
 
 
 @dataclass(frozen=True)

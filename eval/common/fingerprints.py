@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from image_files import file_sha256
+from common.image_files import file_sha256
 
 
 def fingerprint(folder: Path) -> str:

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from image_files import ImageSet, open_folder, read_jsonl
+from common.image_files import ImageSet, open_folder, read_jsonl
 from PIL import Image
-from report import Column, ScoredPrompt
-from report_reading import Pictures
+from report.data import Column, ScoredPrompt
+from report.reading import Pictures
 
 COLUMNS = 8
 RANKED_PROMPTS = 4

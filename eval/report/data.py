@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import scipy.stats
 from PIL import Image
-from report_metrics import METRICS, Metric, metric_named
+from report.metric_words import METRICS, Metric, metric_named
 
 REFERENCE_STEPS = 8  # a teacher's reference is its best value at so many steps or more
 SIGNIFICANCE = 0.05
