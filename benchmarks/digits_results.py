@@ -217,7 +217,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         "| teacher | student | steps | distance (each training seed) | ratio | accuracy | precision | recall | spread | copy rate | CPU s |"
     ]
     lines.append("|" + "---|" * 11)
-    for (teacher, name, steps), group in groups.items():
+    for (teacher, name, steps), group in sorted(groups.items(), key=lambda item: _place(*item[0])):
         group.sort(key=lambda row: row["seed"])
         mean = {m: statistics.mean(row["metrics"][m][0] for row in group) for m in group[0]["metrics"]}
         distance = mean["frechet_distance"]
@@ -228,6 +228,12 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         values.append(", ".join("+".join(f"{s:.0f}" for s in row["cpu_seconds"]) for row in group))
         lines.append(f"| {teacher.removeprefix('teacher-')} | {name} | {steps} | " + " | ".join(values) + " |")
     return "\n".join(lines)
+
+
+def _place(teacher: str, name: str, steps: int) -> tuple[int, int, str, int]:
+    """Where a student stands in a table: in the order of FINAL, other settings (", ...") behind the recipe's."""
+    order = [i for i, known in enumerate(FINAL) if name == known or name.startswith(known + ",")]
+    return list(REFERENCE).index(teacher), order[-1] if order else len(FINAL), name, steps
 
 
 def main(config: Results) -> None:

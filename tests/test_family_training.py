@@ -1,4 +1,4 @@
-"""Every family under three methods, all weights or LoRA: one optimizer step with the real trainer, export, proof.
+"""Every family under three methods, all weights, LoRA, or LoRA on shared weights: one optimizer step with the real trainer, export, proof.
 
 Starting a fresh process takes seconds, so it proves one cell a family, and the others run the same script inside this process.
 """
@@ -20,7 +20,7 @@ from diffusion_distill.methods import LCM, Method, Reflow
 
 OTHERS = {"stable_diffusion_v", "flux_schnell", "pixart_sigma", "class_conditional_v", "class_conditional_epsilon"}
 FAMILIES = [name for name in PIPELINES if name not in OTHERS]
-WEIGHTS = {"full": 0, "lora": 2}
+WEIGHTS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 2}, "shared": {"lora_rank": 2, "sharing": "shared"}}
 RATE = 1e-3
 
 
@@ -102,7 +102,7 @@ def test_one_step_moves_the_right_weights_and_the_export_is_proved(
 ) -> None:
     if (method, weights) != ("dmd2", "full"):
         request.getfixturevalue("in_process")
-    run = Run(name, method, tmp_path / "run", {"lora_rank": WEIGHTS[weights]})
+    run = Run(name, method, tmp_path / "run", WEIGHTS[weights])
     names, roles = run.weights(), ("student", "fake_score") if method == "dmd2" else ("student",)
     before, expected = {p: p.detach().clone() for p in names}, set().union(*(used_weights(run, role) for role in roles))
     run.step()
