@@ -40,13 +40,13 @@ GPU_TOLERANCE = 1e-4  # kernels there may choose another order of summation in a
 
 def check_exportable(pipe: Any, student: Student, samplers: Sequence[FewStepSampler], family: Family) -> None:
     """Raise InputError where no stock scheduler or no pipeline can sample the student: better known before training than after."""
-    _scheduler(pipe, student, samplers)
-    _components(family, student, pipe)
     accepted = inspect.signature(type(pipe).__init__).parameters
     if len(samplers) > 1 and "num_inference_steps" in accepted and "grids" not in accepted:
         served = [len(sampler.timesteps) for sampler in samplers]
         accepts = f"one number of steps, for the teacher's own pipeline code ({type(pipe).__name__}) has no `grids`; save the teacher anew"
         raise reject("num_inference_steps", served, accepts)
+    _scheduler(pipe, student, samplers)
+    _components(family, student, pipe)
 
 
 def export_student(

@@ -188,7 +188,7 @@ def test_the_term_is_the_gradient_of_the_generators_relativistic_loss(process: s
     with nets.only_trains(("student",)):
         both = gradient(nets, "student", method.student_loss(method.max_inference_steps, nets, given)[0])
         alone = gradient(nets, "student", matching.student_loss(4, nets, batch(step))[0])
-        (near, t, _), (far, t_far, on_more) = seen[:2]
+        (far, t_far, on_more), (near, t, _) = seen[:2]
         assert torch.equal(t, t_far)
         alpha, sigma = (torch.tensor(c).float() for c in coefficients(process, t))
         eps = noise_in(process, near, t, array(given.carried["x0"]))
