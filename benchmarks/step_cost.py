@@ -1,6 +1,6 @@
 """CPU time of each turn of every method, as its digits recipe sets it, over its floor: the bare passes that it cannot avoid.
 
-    python benchmarks/step_cost.py --output benchmarks/results/step_cost_cpu.json
+    python benchmarks/step_cost.py --output benchmarks/results/step_cost_methods_cpu.json
 
 A turn runs as the trainer runs it, and what its hooks saw is run again at once: the same modules with the same inputs, gradients and
 adapters, in the order that the turn cannot avoid: forward passes with gradient, then those without (their memory comes on top of the
