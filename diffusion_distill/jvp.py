@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from .attention import plain_attention
+
 Point = tuple[Tensor, Tensor]  # x (B, ...) and t (B,), or a direction in which both move
 Function = Callable[[Tensor, Tensor], Tensor]
 Derivative = Literal["forward", "central", "backward"]
@@ -34,7 +36,7 @@ def derivative_along(function: Function, point: Point, direction: Point, kind: D
 @torch.no_grad()
 def forward_derivative(function: Function, point: Point, direction: Point) -> Tensor:
     """d function(x + h dx, t + h dt) / dh at h = 0, by forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+    with plain_attention(), sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
         derivative: Tensor = torch.func.jvp(function, point, direction)[1]
     return derivative
 

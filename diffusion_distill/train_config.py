@@ -45,6 +45,9 @@ class TrainConfig:
     """bf16 runs networks under autocast and keeps the frozen teacher in bfloat16. None: as `accelerate launch` says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention_backend: str | None = None
+    """Attention kernel of all networks while they train, by diffusers' name: native, _native_flash, flex, xformers, flash, ... None: the
+    one that diffusers takes of itself. What a network cannot run with is refused before the run begins."""
     batch_guidance: bool = True
     """Guide the teacher in one call of twice the batch in place of two calls: never slower where measured (docs/decisions.md). False
     halves the memory of that call."""

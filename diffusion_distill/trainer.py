@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from . import parallel
+from . import attention, parallel
 from .batches import GlobalBatchSampler, MicroBatch, batches
 from .build import build_networks, teacher_denoiser
 from .checkpointing import RunCheckpoints
 from .config import to_mapping
 from .data import fingerprint
+from .denoiser import Denoiser
 from .diagnostics import Watch
 from .divergence import all_finite, non_finite
 from .ema import EMA
@@ -83,6 +84,7 @@ class Trainer:
         self.nets = build_networks(pipe, method, config, resolution)
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
         if idle := set(method.student_roles).difference(*turns):
+        self.attention = self._attention()
             raise reject("max_train_steps", config.max_train_steps, f"{', '.join(sorted(idle))} would never train")
         self.optimizers = {
             role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
@@ -114,7 +116,7 @@ class Trainer:
         self._conditions(self.validation_conditions())
         parallel.meet(self.config.rank_timeout)  # a slower process must not find run.json and take it for another run's
         self.record.start(self._description(), self.step)
-        with self.checkpoints.finished(), Signals().caught() as signals:
+        with attention.in_use(self.attention), self.checkpoints.finished(), Signals().caught() as signals:
             self._loop(itertools.chain(ready, map(self._prepare, data)), signals)
         self.record.finish()
 
@@ -200,6 +202,16 @@ class Trainer:
         return self.method.learning_rate(role) or self.config.learning_rate
 
     def _data(self) -> Iterator[list[MicroBatch]]:
+    def _attention(self) -> list[attention.Switch]:
+        """What `attention_backend` switches, tried on two prompts: a longer one may come with a mask."""
+        if self.config.attention_backend is None:
+            return []
+        networks = {role: net for role in self.nets if isinstance(net := getattr(self.nets, role), Denoiser)}
+        cond, uncond = self._conditions(self.validation_conditions()[:1])
+        x_t, t = torch.zeros(2, *self.sample_shape, device=self.device), torch.full((2,), 0.5, device=self.device)
+        both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
+        return attention.prepared(networks, self.config.attention_backend, x_t, self.nets.teacher.schedule.timestep(t), both)
+
         sampler = GlobalBatchSampler(len(self.dataset), self.global_batch_size, self.config.seed)  # type: ignore[arg-type]
         return batches(
             self.dataset,

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "diffusion_distill"
 # A module imports from the lines above its own, and a folder (families, methods) from itself too.
 LAYERS = (
     ("errors", "redaction"),
-    ("pair_settings", "pairs", "random"),
+    ("attention", "pair_settings", "pairs", "random"),
     ("schedule",),
     ("prediction",),
     ("adversarial", "losses", "time_laws"),
