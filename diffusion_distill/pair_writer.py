@@ -3,32 +3,25 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .build import teacher_denoiser
-from .config import difference
 from .denoiser import Denoiser, guided
-from .errors import InputError, reject
+from .errors import reject
 from .families import Cond
-from .pairs import INDEX, digest, noise_of, read_index, shard_name
-from .parallel import check_started
+from .pairs import PAIRS, is_index, noise_of
 from .prediction import Prediction
 from .provenance import provenance
 from .random import derive_seed
 from .sampler import FewStepSampler, ode_sample, uniform_timesteps
-
-WRITING = ".writing-"
+from .shard_writer import ShardWriter, processes
+from .shards import weights_digest
 
 
 @dataclass
@@ -82,31 +75,12 @@ def write_pairs(
     Raises:
         InputError: for a wrong setting, or a folder that holds pairs of other settings or of another teacher.
     """
-    state, folder, distinct = _processes(), Path(config.output_dir), list(dict.fromkeys(conditions))
+    state, distinct = processes(), list(dict.fromkeys(conditions))
     pipe.to(state.device)
     source = _Teacher(pipe, config, resolution)
-    made_with = {"teacher": teacher, "batch_size": config.batch_size, **provenance()}
-    with state.main_process_first():
-        _claim(folder, source.settings(distinct), distinct, made_with, first=state.is_main_process)
-    shards = math.ceil(config.num_pairs / config.shard_size)
-    missing = [number for number in range(shards) if not (folder / shard_name(number)).exists()]
-    state.wait_for_everyone()  # all have looked before the first one writes
-    mine = missing[state.process_index :: state.num_processes]
-    for number in tqdm(mine, desc="pairs", unit="shard", disable=not state.is_local_main_process):
-        indices = range(number * config.shard_size, min((number + 1) * config.shard_size, config.num_pairs))
-        _write_durably(folder / shard_name(number), save(source.draw(indices, distinct)))
-    state.wait_for_everyone()
-    if state.is_main_process and (missing or not _index(folder)["shards"]):
-        _finish(folder, shards, config)
-    state.wait_for_everyone()
-    return folder
-
-
-def _processes() -> PartialState:
-    """The processes that `accelerate launch` or `torchrun` started."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    check_started(state.num_processes)
-    return state
+    index = {"settings": source.settings(distinct), "made_with": {"teacher": teacher, "batch_size": config.batch_size, **provenance()}}
+    writer = ShardWriter(PAIRS, Path(config.output_dir), config.num_pairs, config.shard_size, is_index)
+    return writer.write(state, index | {"conditions": distinct}, lambda indices: source.draw(indices, distinct))
 
 
 class _Teacher:
@@ -135,7 +109,7 @@ class _Teacher:
             "prediction_type": self.denoiser.prediction_type,
             "scheduler": type(scheduler).__name__,
             "scheduler_config": json.loads(json.dumps(options, default=str)),
-            "teacher_sha256": _fingerprint(self.denoiser.model.state_dict()),
+            "teacher_sha256": weights_digest(self.denoiser.model.state_dict()),
             "conditions_sha256": hashlib.sha256(json.dumps(list(conditions)).encode()).hexdigest(),
         }
 
@@ -170,66 +144,3 @@ class _Guided:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         return guided(self.denoiser, x_t, t, cond, self.uncond, self.scale)
-
-
-def _claim(folder: Path, settings: dict[str, Any], conditions: Sequence[str | int], made_with: dict[str, Any], first: bool) -> None:
-    """Refuse a folder of other pairs; the `first` process prepares a new one."""
-    index = read_index(folder)
-    if index is not None:
-        if changed := difference(index["settings"], settings):
-            raise InputError(f"output_dir: {folder} holds pairs of other settings ({'; '.join(changed)}); choose another folder")
-    elif folder.exists() and any(folder.glob(shard_name(0).replace("00000", "*"))):
-        raise InputError(f"output_dir: {folder} holds shards of pairs without {INDEX}; choose another folder")
-    if not first:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(WRITING + "*"):
-        path.unlink()
-    if index is None:
-        _write_index(folder, {"settings": settings, "made_with": made_with, "shards": [], "conditions": list(conditions)})
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    index = read_index(folder)
-    assert index is not None
-    return index
-
-
-def _finish(folder: Path, shards: int, config: PairConfig) -> None:
-    """List the shards; one that an earlier list knows must be as it was."""
-    index, found = _index(folder), []
-    for number in range(shards):
-        path, pairs = folder / shard_name(number), min(config.shard_size, config.num_pairs - number * config.shard_size)
-        entry = {"file": path.name, "pairs": pairs, "bytes": path.stat().st_size, "sha256": digest(path)}
-        if index["shards"] and entry != index["shards"][number]:
-            raise InputError(f"output_dir: {path} is not as it was written; delete it and run the command again")
-        found.append(entry)
-    _write_index(folder, index | {"shards": found})
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    _write_durably(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Give `content` its name only when all of it is on disk."""
-    hidden = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
-    with hidden.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of a network's weights: a folder may have been trained anew under its old name."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

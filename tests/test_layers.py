@@ -16,7 +16,8 @@ PACKAGE = ROOT / "diffusion_distill"
 # A module imports from the lines above its own, and a folder (families, methods) from itself too.
 LAYERS = (
     ("errors", "redaction"),
-    ("attention", "pair_settings", "pairs", "random"),
+    ("attention", "pair_settings", "random", "shards"),
+    ("pairs",),
     ("schedule",),
     ("prediction",),
     ("adversarial", "losses", "time_laws"),
@@ -27,7 +28,8 @@ LAYERS = (
     ("methods",),
     ("checkpoint", "config", "data", "ema", "images", "parallel", "provenance", "train_config"),
     ("background", "batches", "build", "diagnostics", "divergence", "optim", "stops"),
-    ("pair_writer", "run_record", "run_state"),
+    ("run_record", "run_state", "shard_writer"),
+    ("pair_writer",),
     ("checkpointing", "preflight"),
     ("lora_export", "model_card", "student_scheduler"),
     ("counted_scheduler",),
