@@ -2,7 +2,7 @@
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from .networks import Networks, trainable_copy
 from .prediction import PREDICTION_TYPES
 from .random import derive_seed
 from .schedule import NoiseSchedule, prediction_type_of
+from .sharding import shard
 from .train_config import TrainConfig
 
 
@@ -79,29 +80,40 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
     """
     teacher = teacher_denoiser(pipe)
     remove_adapters(teacher.model)  # of an earlier training from this pipeline
+    device = pipe.device
+    if config.parallelism == "shard":
+        teacher.model.to("cpu")  # copies are made there: one device need not hold them
     bf16 = config.mixed_precision == "bf16"
     teacher.autocast_dtype = torch.bfloat16 if bf16 else None
-    roles: dict[str, nn.Module] = {}
+    copies: dict[str, Denoiser] = {}
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, 0x1217))
         for role in method.copies:
             changed = method.student_model if role in method.student_roles else None
-            roles[role] = _shared(teacher, changed) if config.sharing == "shared" else _copied(teacher, config, changed)
-        x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=pipe.device)
-        t = teacher.schedule.timestep(torch.full((1,), 0.5, device=pipe.device))
+            copies[role] = _shared(teacher, changed) if config.sharing == "shared" else _copied(teacher, config, changed)
+        if bf16:
+            teacher.model.to(torch.bfloat16)
+        lora = dict.fromkeys(method.copies if config.lora_rank else (), Adapter(config.lora_rank, config.lora_alpha or config.lora_rank))
+        adapted = {role: _adapted(copies.get(role, teacher), role, a, config) for role, a in (lora | method.adapters).items()}
+        for denoiser in (teacher, *(copies | adapted).values()):
+            denoiser.batch_guidance = config.batch_guidance
+        followers = {role: _follower((copies | adapted)["student"], role, lora.get("student"), config) for role in method.followers}
+        if config.parallelism == "shard":
+            _shard([teacher, *(copies | adapted | followers).values()], device)
+        x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=device)
+        t = teacher.schedule.timestep(torch.full((1,), 0.5, device=device))
         with torch.no_grad():
-            roles |= method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
-    if bf16:
-        teacher.model.to(torch.bfloat16)
-    copies = dict.fromkeys(method.copies if config.lora_rank else (), Adapter(config.lora_rank, config.lora_alpha or config.lora_rank))
-    roles |= {role: _adapted(roles.get(role, teacher), role, adapter, config) for role, adapter in (copies | method.adapters).items()}
-    for net in (teacher, *roles.values()):
-        if isinstance(net, Denoiser):
-            net.batch_guidance = config.batch_guidance
-    nets = Networks(teacher=teacher, **roles)
-    nets.add(**{role: _follower(nets.student, role, copies.get("student"), config) for role in method.followers})
+            extra = method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
+    nets = Networks(teacher=teacher, **(copies | extra | adapted))
+    nets.add(**followers)
     nets.add(**method.views(nets))
     return nets
+
+
+def _shard(networks: Iterable[Denoiser], device: torch.device) -> None:
+    """Spread the distinct models of `networks` over the ranks."""
+    for model, family in {denoiser.model: denoiser.family for denoiser in networks}.items():
+        shard(model, family.called_alone(model), family.taps(model), device)
 
 
 def _copied(teacher: Denoiser, config: TrainConfig, changed: Callable[[nn.Module], nn.Module] | None) -> Denoiser:

@@ -1,7 +1,7 @@
 """The checkpoints of a training run: when they are written, and which of them continues which run."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from .checkpoint import TensorGroups, checkpoints_in, load_checkpoint, resolve_c
 from .config import difference
 from .errors import CheckpointError, InputError, NonFiniteError
 from .run_state import RunState, check_finite
+from .sharding import is_spread, whole_on_rank_0
 from .train_config import TrainConfig
 
 MAY_CHANGE_ON_RESUME = {
@@ -58,9 +59,16 @@ class RunCheckpoints:
         return self._writer.failed
 
     def start_save(self, step: int) -> None:
-        """Begin to write the checkpoint of `step`; the state may change meanwhile. Raises what `save` raises, for the write before."""
+        """Begin to write the checkpoint of `step`; the state may change meanwhile. Raises what `save` raises, for the write before.
+
+        What is spread over ranks is gathered on rank 0, so every rank calls it.
+        """
+        parts, state = self.state.collect()
+        tensors: TensorGroups = parts
+        if is_spread(parts):
+            self._together(self._writer.wait, step)  # before tensors are gathered: a rank that raises alone would leave the others waiting
+            tensors = whole_on_rank_0(parts)
         if parallel.rank() == 0:
-            tensors, state = self.state.collect()
             self._writer.start(tensors, partial(self._write, step, {"step": step} | state | dict(self.identity)))
 
     def save(self, step: int) -> None:
@@ -69,10 +77,18 @@ class RunCheckpoints:
         Raises:
             CheckpointError: on every rank, when this or the write before failed. NonFiniteError: for weights that are no numbers.
         """
-        error: Exception | None = None
-        try:
+
+        def write() -> None:
             self.start_save(step)
             self._writer.wait()
+
+        self._together(write, step)
+
+    def _together(self, act: Callable[[], None], step: int) -> None:
+        """Every rank acts; where one of them fails, all raise."""
+        error: Exception | None = None
+        try:
+            act()
         except (CheckpointError, NonFiniteError) as caught:
             error = caught
         parallel.meet(self.config.rank_timeout)
@@ -109,7 +125,8 @@ class RunCheckpoints:
         Raises:
             InputError: for a damaged checkpoint, or one of a run that differs, naming each difference.
         """
-        tensors, state = load_checkpoint(path, self.device)
+        sharded = self.config.parallelism == "shard"  # then no device has room for the whole
+        tensors, state = load_checkpoint(path, "cpu" if sharded else self.device)
         if missing := sorted({"step", "optimizers", "ema_updates", "settings", "method", "world_size"} - state.keys()):
             raise InputError(f"resume_from_checkpoint: {path} is no checkpoint of a training run: {', '.join(missing)} not in state.json")
         may_change = MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())

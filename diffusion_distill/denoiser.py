@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .adapters import switched_on
 from .families import Cond, Family
@@ -57,6 +58,8 @@ class Denoiser(nn.Module):
         try:
             self._run(x_t, t, cond)
         except _AllTapped:
+            if isinstance(self.model, FSDPModule):  # it waits for the end of its pass
+                self.model.reset_iter_state()
             return found
         finally:
             for handle in handles:

@@ -12,6 +12,7 @@ from .checkpoint import TensorGroups, load_optimizer_tensors, optimizer_tensors
 from .ema import EMA
 from .errors import NonFiniteError
 from .networks import Networks
+from .sharding import part_of
 
 
 @dataclass
@@ -33,7 +34,7 @@ class RunState:
         return {name: own[name].detach() for name in self.nets.parameters("student")}
 
     def collect(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Tensors by group (not copies), and a JSON part."""
+        """Tensors by group (not copies; of networks that are spread over ranks, the parts), and a JSON part."""
         tensors: dict[str, dict[str, Tensor]] = {}
         scalars = {}
         for role, optimizer in self.optimizers.items():
@@ -50,15 +51,16 @@ class RunState:
         for role, optimizer in self.optimizers.items():
             parameters = self.nets.parameters(role)
             for name, p in parameters.items():
-                p.copy_(tensors[role][name])
-            load_optimizer_tensors(optimizer, list(parameters), tensors[f"{role}.optimizer"], state["optimizers"][role])
+                p.copy_(part_of(tensors[role][name], p))
+            moments = {path: part_of(value, parameters[path.split("/", 1)[1]]) for path, value in tensors[f"{role}.optimizer"].items()}
+            load_optimizer_tensors(optimizer, list(parameters), moments, state["optimizers"][role])
         for role, ema in self.emas.items():
             ema.updates = state["ema_updates"][role]
             for name, average in ema.average.items():
-                average.copy_(tensors[f"{role}.ema"][name])
+                average.copy_(part_of(tensors[f"{role}.ema"][name], average))
         for role in self.followers:
             for name, value in self.follower(role).items():
-                value.copy_(tensors[role][name])
+                value.copy_(part_of(tensors[role][name], value))
 
 
 def check_finite(tensors: TensorGroups, step: int) -> None:

@@ -57,6 +57,8 @@ class TrainConfig:
     """Scale of the LoRA adapter. None: the rank."""
     sharing: Literal["full", "shared"] = "full"
     """With LoRA: `full` gives each trained network a frozen copy of the weights; with `shared` all are adapters on the teacher's own."""
+    parallelism: Literal["replicate", "shard"] = "replicate"
+    """Several processes: `replicate` holds every network on each; `shard` spreads weights, gradients and optimizer states over them."""
     checkpointing_steps: int = 500
     """Steps between two checkpoints; 0 writes one at the end only."""
     checkpoints_total_limit: int | None = None

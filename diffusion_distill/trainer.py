@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from . import attention, parallel
+from . import attention, parallel, sharding
 from .batches import GlobalBatchSampler, MicroBatch, batches
 from .build import build_networks, teacher_denoiser
 from .checkpointing import RunCheckpoints
@@ -68,6 +68,8 @@ class Trainer:
         config.mixed_precision = config.mixed_precision or self.accelerator.mixed_precision
         if config.mixed_precision == "fp16":
             raise InputError(FP16_REFUSED)
+        if config.parallelism == "shard" and parallel.world_size() == 1:
+            raise reject("parallelism", "shard", "'replicate' for one process: there is none to share the weights with")
         self.device = self.accelerator.device
         pipe.to(self.device)
         self.family = family_of(pipe)
@@ -104,6 +106,10 @@ class Trainer:
     @property
     def global_batch_size(self) -> int:
         return self.config.train_batch_size * self.config.gradient_accumulation_steps * parallel.world_size()
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.parallelism == "shard"
 
     @property
     def watch(self) -> Watch:
@@ -182,9 +188,7 @@ class Trainer:
 
     def _clip(self, role: str) -> Tensor:
         """Gradient norm of `role` over all ranks, before it is scaled down to `max_grad_norm`."""
-        parameters = list(self.nets.parameters(role).values())
-        parallel.average_gradients(parameters)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return sharding.clip_gradients(self.nets.parameters(role).values(), self.config.max_grad_norm)
 
     def _optimize(self, role: str) -> None:
         optimizer = self.optimizers[role]
@@ -245,9 +249,18 @@ class Trainer:
         return self.step == self.config.max_train_steps or (interval > 0 and self.step % interval == 0)
 
     def release(self) -> None:
-        """Free what only training needs, so that the student can be loaded a second time beside this one."""
+        """Free what only training needs, so that the student can be loaded a second time beside this one.
+
+        Networks spread over ranks become whole on rank 0, the student at its moving average; the others hold none from then on.
+        """
         self.optimizers.clear()
         self.nets.keep((*self.method.student_roles, "student", "teacher"))
+        if self._sharded:
+            for ema in self.emas.values():
+                ema.settle()
+            self.emas.clear()
+            sharding.gather([getattr(self.nets, role) for role in self.nets], self.device)
+            setattr(self.pipe, self.family.component, self.nets.teacher.model)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -287,14 +300,20 @@ class Trainer:
 
     def save_samples(self) -> None:
         """Write samples/step_N.png (and samples/teacher.png, once) from the main process."""
-        if not self.accelerator.is_main_process:
-            return
         folder = self.output_dir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
+        writes = self.accelerator.is_main_process
+        drawn = (folder / "teacher.png").exists()
+        if self._sharded:  # every rank takes part in every pass
+            drawn = any(parallel.maximum((int(writes and drawn),), self.device))
+        elif not writes:
+            return
         conditions = self.validation_conditions()
-        if not (folder / "teacher.png").exists():
-            save_grid(self.teacher_sample(conditions), folder / "teacher.png", self._columns)
-        save_grid(self.sample(conditions), folder / f"step_{self.step:06d}.png", self._columns)
+        grids = {} if drawn else {"teacher": self.teacher_sample(conditions)}
+        grids[f"step_{self.step:06d}"] = self.sample(conditions)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, images in grids.items():
+                save_grid(images, folder / f"{name}.png", self._columns)
 
     @property
     def _columns(self) -> int | None:

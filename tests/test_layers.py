@@ -27,6 +27,7 @@ LAYERS = (
     ("consistency", "discriminators", "score_distillation", "solver_grid"),
     ("methods",),
     ("checkpoint", "config", "data", "ema", "images", "parallel", "provenance", "train_config"),
+    ("sharding",),
     ("background", "batches", "build", "diagnostics", "divergence", "optim", "stops"),
     ("run_record", "run_state", "shard_writer"),
     ("pair_writer",),

@@ -29,6 +29,10 @@ class Family(ABC):
     def taps(self, model: nn.Module) -> list[nn.Module]:
         """Modules whose outputs serve a discriminator, in the order in which the network runs them."""
 
+    def called_alone(self, model: nn.Module) -> list[nn.Module]:
+        """Modules inside a block that the network also calls by themselves, outside of the block."""
+        return []
+
     def feature(self, output: Any, x_t: Tensor) -> Tensor:
         """What a discriminator sees of a tapped module's `output` when the network runs on x_t (B, ...): a map or tokens of the image."""
         feature: Tensor = output[0] if isinstance(output, tuple) else output

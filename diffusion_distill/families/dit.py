@@ -32,6 +32,10 @@ class DiT(Family):
     def taps(self, model: nn.Module) -> list[nn.Module]:
         return middle_and_late(model.transformer_blocks)  # type: ignore[arg-type]
 
+    def called_alone(self, model: nn.Module) -> list[nn.Module]:
+        """The embedding of time and class; the network takes the first block's for its last layer too."""
+        return [model.transformer_blocks[0].norm1.emb]  # type: ignore[index, union-attr]
+
     def sample_shape(self, pipe: Any, resolution: int | None = None) -> tuple[int, ...]:
         side, scale = pipe.transformer.config.sample_size, self._scale(pipe)
         if resolution not in (None, side * scale):
