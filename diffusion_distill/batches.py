@@ -23,7 +23,8 @@ class MicroBatch(TypedDict):
     condition: list[Condition]
     image: Tensor | None  # (b, C, H, W) float32 in [-1, 1]
     noise: Tensor | None  # (b, ...) of stored pairs
-    x0: Tensor | None  # (b, ...) of stored pairs
+    x0: Tensor | None  # (b, ...) of stored pairs or encoded images
+    cond: dict[str, Tensor] | None  # (b, ...) each, of stored conditions
 
 
 class GlobalBatchSampler:
@@ -132,9 +133,17 @@ def _collate(samples: Sequence[tuple[int, Any]]) -> MicroBatch | InputError:
         "image": _stacked("image", samples),
         "noise": _stacked("noise", samples),
         "x0": _stacked("x0", samples),
+        "cond": _stacked_cond([item["cond"] for _, item in samples if "cond" in item]),
     }
 
 
 def _stacked(key: str, samples: Sequence[tuple[int, Any]]) -> Tensor | None:
     tensors = [item[key] for _, item in samples if key in item]
-    return torch.stack(tensors) if tensors else None
+    if not tensors:
+        return None
+    last = tensors[0].ndim == 3 and not tensors[0].is_contiguous() and tensors[0].permute(1, 2, 0).is_contiguous()
+    return torch.stack(tensors).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _stacked_cond(conds: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]} if conds else None

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .cached import CachedDataset
 from .errors import InputError, reject
 from .pairs import PairDataset
 
@@ -35,12 +36,13 @@ class Item(_Conditioned, total=False):
 
     image: Tensor  # (C, H, W) float32 in [-1, 1]
     noise: Tensor  # of a stored pair, shaped like the teacher's samples
-    x0: Tensor  # what the teacher drew from `noise`
+    x0: Tensor  # what the teacher drew from `noise`, or a stored image, encoded
+    cond: dict[str, Tensor]  # the condition, stored encoded
 
 
 @dataclass
 class DataConfig:
-    """What to train on: exactly one of `train_data_dir`, `prompts_file`, `dataset`, `num_classes` and `pairs_dir`."""
+    """What to train on: exactly one of `train_data_dir`, `prompts_file`, `dataset`, `num_classes`, `pairs_dir` and `cache_dir`."""
 
     train_data_dir: str | None = None
     """Folder of images: one sub-folder a class (labels count from 0 in sorted order of the names), or images with a
@@ -55,6 +57,8 @@ class DataConfig:
     """Number of class labels; for training a class-conditional teacher without images."""
     pairs_dir: str | None = None
     """Folder of pairs that train/make_pairs.py drew from the teacher."""
+    cache_dir: str | None = None
+    """Folder in which train/make_cache.py stored any of these, encoded by the teacher."""
     resolution: int | None = None
     """Side of the training images in pixels. None: the teacher's own."""
     center_crop: bool = True
@@ -63,11 +67,11 @@ class DataConfig:
     """Processes that load images; 0 loads in the main process."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("train_data_dir", "prompts_file", "dataset", "pairs_dir") if getattr(self, name)]
+        given = [name for name in ("train_data_dir", "prompts_file", "dataset", "pairs_dir", "cache_dir") if getattr(self, name)]
         given += ["num_classes"] if self.num_classes is not None else []
         if len(given) != 1:
-            fields = "train_data_dir, prompts_file, dataset, num_classes, pairs_dir"
-            raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the five says what to train on")
+            fields = "train_data_dir, prompts_file, dataset, num_classes, pairs_dir, cache_dir"
+            raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the six says what to train on")
         for name, minimum in (("num_classes", 1), ("resolution", 1), ("dataloader_num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -113,13 +117,17 @@ def build_dataset(
     resolution: int | None,
     num_classes: int | None = None,
     needs_pairs: bool = False,
-) -> ConditionDataset | PairDataset:
+) -> ConditionDataset | PairDataset | CachedDataset:
     """The samples that `config` describes; without `needs_images`, no image is opened, and without `needs_pairs`, no pair.
 
     `channels`, `resolution` (pixels) and `num_classes` are the teacher's, None where it has none; `config.resolution` comes
     before `resolution`. InputError: missing or empty sources, images or pairs needed where there are none, metadata lines that are
     not usable, labels the teacher does not know. An unreadable image is an InputError when it is loaded.
     """
+    if config.cache_dir:
+        cached = CachedDataset(config.cache_dir, needs_images=needs_images, needs_pairs=needs_pairs)
+        _check_labels("cache_dir", cached.conditions, num_classes)
+        return cached
     side = config.resolution or resolution
     if needs_images:
         _check_image_settings(config, channels, side)
@@ -127,7 +135,7 @@ def build_dataset(
         raise reject("pairs_dir", config.pairs_dir, "this method trains on a teacher's pairs; draw them with train/make_pairs.py")
     if config.pairs_dir:
         pairs = PairDataset(config.pairs_dir)
-        _check_pair_labels(pairs, num_classes)
+        _check_labels("pairs_dir", pairs.conditions, num_classes)
         return pairs if needs_pairs else ConditionDataset(pairs.conditions)
     if config.prompts_file:
         return ConditionDataset([line for _, line in _numbered_lines("prompts_file", Path(config.prompts_file))])
@@ -145,9 +153,11 @@ def build_dataset(
 
 def check_sources(config: DataConfig, needs_images: bool, needs_pairs: bool) -> None:
     """Raise InputError for what is wrong with the sources themselves, whatever the teacher. No image is opened."""
-    if needs_images:
+    if needs_images and not config.cache_dir:
         _check_has_images(config)
-    if config.train_data_dir:
+    if config.cache_dir:
+        CachedDataset(config.cache_dir, needs_images=needs_images, needs_pairs=needs_pairs)
+    elif config.train_data_dir:
         _read_folder(config, needs_images, None)
     else:
         build_dataset(config, needs_images=False, needs_pairs=needs_pairs, channels=None, resolution=None)
@@ -156,16 +166,24 @@ def check_sources(config: DataConfig, needs_images: bool, needs_pairs: bool) -> 
 def fingerprint(dataset: Dataset[Any]) -> dict[str, Any]:
     """Number of samples and, of the classes of this package, a SHA-256 that tells one set from another.
 
-    It covers all conditions; of pairs, the hashes of all shards; of images, their values or all file names, with a thousand of the sizes:
-    a folder may be large and far away.
+    It covers all conditions; of pairs and caches, the hashes of all shards; of images, their values or all file names, with a thousand of
+    the sizes: a folder may be large and far away.
     """
     found: dict[str, Any] = {"samples": len(dataset)}  # type: ignore[arg-type]
     parts: list[Any] = []
-    if isinstance(dataset, PairDataset):
+    if isinstance(dataset, PairDataset | CachedDataset):
         parts = [dataset.settings, dataset.shards, dataset.conditions]
     elif isinstance(dataset, ConditionDataset):
         parts = [list(dataset.conditions), _image_part(dataset.images)]
     return found | ({"SHA-256": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} if parts else {})
+
+
+def pair_settings(dataset: Dataset[Any]) -> dict[str, Any] | None:
+    """How the pairs of a data set were drawn, also of a cache; None for one of no pairs."""
+    if isinstance(dataset, CachedDataset):
+        stored: dict[str, Any] | None = dataset.settings["pairs"]
+        return stored
+    return dataset.settings if isinstance(dataset, PairDataset) else None
 
 
 def _image_part(images: ImageFiles | Tensor | None) -> Any:
@@ -239,9 +257,9 @@ def _check_class_count(field: str, count: int, num_classes: int | None) -> None:
         raise InputError(f"{field}: got {count} classes; the teacher knows {num_classes}")
 
 
-def _check_pair_labels(pairs: PairDataset, num_classes: int | None) -> None:
-    labels = [condition for condition in pairs.conditions if isinstance(condition, int)]
-    _check_class_count("pairs_dir", max(labels, default=-1) + 1, num_classes)
+def _check_labels(field: str, conditions: Sequence[Condition], num_classes: int | None) -> None:
+    labels = [condition for condition in conditions if isinstance(condition, int)]
+    _check_class_count(field, max(labels, default=-1) + 1, num_classes)
 
 
 def _numbered_lines(field: str, path: Path) -> list[tuple[int, str]]:

@@ -10,12 +10,11 @@ from torch.utils.data import Dataset
 from . import parallel
 from .build import load_pipeline
 from .config import TeacherConfig, to_mapping
-from .data import DataConfig, build_dataset
+from .data import DataConfig, build_dataset, pair_settings
 from .export import check_exportable, export_student, push_to_hub, verify_export
 from .families import family_of
 from .methods import METHODS, Method
 from .pair_settings import pair_warnings
-from .pairs import PairDataset
 from .preflight import check_input
 from .provenance import provenance, write_json
 from .redaction import redacted
@@ -61,8 +60,8 @@ def distill(
     """
     trainer = Trainer(pipe, method, config, dataset, resolution, settings)
     check_exportable(pipe, trainer.nets.student, trainer.samplers, trainer.family)
-    if isinstance(dataset, PairDataset) and trainer.accelerator.is_main_process:
-        for line in pair_warnings(dataset.settings, method.expected_pairs, max(len(sampler.timesteps) for sampler in trainer.samplers)):
+    if (pairs := pair_settings(dataset)) and trainer.accelerator.is_main_process:
+        for line in pair_warnings(pairs, method.expected_pairs, max(len(sampler.timesteps) for sampler in trainer.samplers)):
             print("warning:", line, file=sys.stderr)
     trainer.train()
     trainer.release()

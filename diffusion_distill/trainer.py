@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import attention, parallel, sharding
 from .batches import GlobalBatchSampler, MicroBatch, batches
 from .build import build_networks, teacher_denoiser
+from .cached import check_cache
 from .checkpointing import RunCheckpoints
 from .config import to_mapping
 from .data import fingerprint
@@ -71,8 +72,9 @@ class Trainer:
         if config.parallelism == "shard" and parallel.world_size() == 1:
             raise reject("parallelism", "shard", "'replicate' for one process: there is none to share the weights with")
         self.device = self.accelerator.device
-        pipe.to(self.device)
         self.family = family_of(pipe)
+        check_cache(dataset, pipe, self.family, resolution)
+        pipe.to(self.device)
         teacher = teacher_denoiser(pipe)
         self.samplers = method.samplers(teacher.schedule)
         self.sampler = self.samplers[0]
@@ -84,9 +86,9 @@ class Trainer:
         begun = claim(self.output_dir, config.resume_from_checkpoint)
         self.record = RunRecord(self.output_dir, self.accelerator, config)
         self.nets = build_networks(pipe, method, config, resolution)
+        self.attention = self._attention()
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
         if idle := set(method.student_roles).difference(*turns):
-        self.attention = self._attention()
             raise reject("max_train_steps", config.max_train_steps, f"{', '.join(sorted(idle))} would never train")
         self.optimizers = {
             role: build_optimizer(self.nets.parameters(role).values(), self._base_rate(role), config) for role in self.trained
@@ -202,10 +204,6 @@ class Trainer:
         for role, decay in self.method.followers.items():
             torch._foreach_lerp_(list(self.checkpoints.state.follower(role).values()), student, 1 - decay)
 
-    def _base_rate(self, role: str) -> float:
-        return self.method.learning_rate(role) or self.config.learning_rate
-
-    def _data(self) -> Iterator[list[MicroBatch]]:
     def _attention(self) -> list[attention.Switch]:
         """What `attention_backend` switches, tried on two prompts: a longer one may come with a mask."""
         if self.config.attention_backend is None:
@@ -216,6 +214,10 @@ class Trainer:
         both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
         return attention.prepared(networks, self.config.attention_backend, x_t, self.nets.teacher.schedule.timestep(t), both)
 
+    def _base_rate(self, role: str) -> float:
+        return self.method.learning_rate(role) or self.config.learning_rate
+
+    def _data(self) -> Iterator[list[MicroBatch]]:
         sampler = GlobalBatchSampler(len(self.dataset), self.global_batch_size, self.config.seed)  # type: ignore[arg-type]
         return batches(
             self.dataset,
@@ -234,15 +236,17 @@ class Trainer:
     @torch.no_grad()
     def _batch(self, raw: MicroBatch) -> Batch:
         image = raw["image"]
-        cond, uncond = self._conditions(raw["condition"])
+        cond, uncond = self._conditions(raw["condition"], raw["cond"])
         x0, noise = (None if value is None else value.to(self.device) for value in (raw["x0"], raw["noise"]))
         x0 = x0 if image is None else self.family.encode_images(self.pipe, image.to(self.device))
         if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:
             raise reject("resolution", tuple(x0.shape[1:]), f"the student samples {self.sample_shape}; set the same resolution for both")
         return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0, noise)
 
-    def _conditions(self, conditions: Sequence[Any]) -> tuple[Cond, Cond]:
+    def _conditions(self, conditions: Sequence[Any], stored: Cond | None = None) -> tuple[Cond, Cond]:
         uncond = {name: value.expand(len(conditions), *value.shape[1:]) for name, value in self.uncond.items()}
+        if stored is not None:
+            return {name: value.to(self.device) for name, value in stored.items()}, uncond
         return self.family.encode_conditions(self.pipe, conditions, self.resolution), uncond
 
     def _due(self, interval: int) -> bool:

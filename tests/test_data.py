@@ -50,7 +50,8 @@ def message(call: Any) -> str:
     [({}, "none"), ({"train_data_dir": "x", "num_classes": 3}, "train_data_dir and num_classes"), ({"train_data_dir": ""}, "none")],
 )
 def test_exactly_one_source(given, named):
-    line = f"train_data_dir, prompts_file, dataset, num_classes, pairs_dir: got {named}; exactly one of the five says what to train on"
+    fields = "train_data_dir, prompts_file, dataset, num_classes, pairs_dir, cache_dir"
+    line = f"{fields}: got {named}; exactly one of the six says what to train on"
     assert message(lambda: DataConfig(**given)) == line
 
 
