@@ -78,11 +78,10 @@ def optimise(
     """
     weights = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 50, recipe.steps)
     ema, order = EMA(weights, recipe.ema_decay), GlobalBatchSampler(samples, recipe.batch_size, seed)
     first, spent = _restore(checkpoint, weights, optimizer, ema)
-    for _ in range(first):
-        schedule.step()
+    optimizer.param_groups[0]["initial_lr"] = recipe.learning_rate  # which a schedule that starts in between asks for
+    schedule = get_cosine_schedule_with_warmup(optimizer, 50, recipe.steps, last_epoch=first - 1)
     started, saved, average = time.process_time() - spent, time.monotonic(), 0.0
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=checkpoint.stem, mininterval=10)
     network.train()

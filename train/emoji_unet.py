@@ -28,7 +28,7 @@ def new_pipeline(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLI
         norm_num_groups=16,
     )
     scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, steps_offset=1
     )
     return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
