@@ -47,7 +47,7 @@ class Recipe:
     """Channels of the first convolution; the others have twice, three and four times as many."""
     num_features: int = 64
     """Length of a feature vector."""
-    steps: int = 900
+    steps: int = 700
     """Optimizer steps of 64 images."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule of AdamW."""

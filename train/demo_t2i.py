@@ -29,7 +29,7 @@ PICTURES = 10  # of each model in the overview
 class TextToImageDemo:
     output_dir: str = "outputs/demo-t2i"
     """Folder of the demo; table.md and overview.png are its result."""
-    max_train_steps: int = 400
+    max_train_steps: int = 280
     """Optimizer steps of each student."""
     teacher_num_inference_steps: tuple[int, ...] = (1, 4, 8)
     """Step counts of the teacher in the table."""
