@@ -43,8 +43,8 @@ class RunCheckpoints:
     Args:
         folder: of the run.
         state: what the checkpoints hold.
-        identity: what else decides the result: settings, method, world_size, dataset (its fingerprint). A run that differs in one of
-            them does not continue.
+        identity: what else decides the result: settings, method, world_size, dataset (its fingerprint), teacher (its digest). A run that
+            differs in one of them does not continue.
         config: how many to keep, how long to wait for other ranks.
         device: of the tensors by which ranks agree.
     """
@@ -127,7 +127,7 @@ class RunCheckpoints:
         """
         sharded = self.config.parallelism == "shard"  # then no device has room for the whole
         tensors, state = load_checkpoint(path, "cpu" if sharded else self.device)
-        if missing := sorted({"step", "optimizers", "ema_updates", "settings", "method", "world_size"} - state.keys()):
+        if missing := sorted({"step", "optimizers", "ema_updates", "settings", "method", "world_size", "teacher"} - state.keys()):
             raise InputError(f"resume_from_checkpoint: {path} is no checkpoint of a training run: {', '.join(missing)} not in state.json")
         may_change = MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.config.lr_scheduler.startswith("constant") else set())
         lines = difference(_flat(state), _flat(self.identity))
@@ -147,4 +147,5 @@ class RunCheckpoints:
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     """One mapping in the words of an error line."""
     data = {f"{name} of the data set": value for name, value in identity.get("dataset", {}).items()}
-    return {**identity["settings"], "method": identity["method"], "number of processes": identity["world_size"], **data}
+    own = {"method": identity["method"], "number of processes": identity["world_size"]}
+    return identity["settings"] | own | {"SHA-256 of the teacher's weights": identity["teacher"]} | data

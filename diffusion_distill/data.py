@@ -20,6 +20,7 @@ from .errors import InputError, reject
 from .pairs import PairDataset
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ITEMS_SEEN = 32  # of a data set of another class, to know it again
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow's decoders raise
@@ -164,18 +165,39 @@ def check_sources(config: DataConfig, needs_images: bool, needs_pairs: bool) -> 
 
 
 def fingerprint(dataset: Dataset[Any]) -> dict[str, Any]:
-    """Number of samples and, of the classes of this package, a SHA-256 that tells one set from another.
+    """Number of samples and a SHA-256 that tells one set from another.
 
     It covers all conditions; of pairs and caches, the hashes of all shards; of images, their values or all file names, with a thousand of
-    the sizes: a folder may be large and far away.
+    the sizes: a folder may be large and far away. Of a class that is not this package's, it covers what some items hold.
     """
     found: dict[str, Any] = {"samples": len(dataset)}  # type: ignore[arg-type]
-    parts: list[Any] = []
+    parts: list[Any]
     if isinstance(dataset, PairDataset | CachedDataset):
         parts = [dataset.settings, dataset.shards, dataset.conditions]
     elif isinstance(dataset, ConditionDataset):
         parts = [list(dataset.conditions), _image_part(dataset.images)]
-    return found | ({"SHA-256": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} if parts else {})
+    else:
+        parts = _some_items(dataset, found["samples"])
+    return found | {"SHA-256": hashlib.sha256(json.dumps(parts).encode()).hexdigest()}
+
+
+def _some_items(dataset: Dataset[Any], samples: int) -> list[Any]:
+    """What about ITEMS_SEEN items hold, each read twice: an entry that changed meanwhile, such as an augmented image, says nothing."""
+    numbers = range(0, samples, max(1, samples // ITEMS_SEEN))
+    with torch.random.fork_rng():
+        first, again = ([{key: _digest(value) for key, value in dataset[i].items()} for i in numbers] for _ in range(2))
+    changing = {key for one, other in zip(first, again, strict=True) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    return [{key: digest for key, digest in item.items() if key not in changing} for item in first]
+
+
+def _digest(value: Any) -> str | None:
+    """Of text, numbers and tensors; nothing tells other objects apart from one process to the next."""
+    if isinstance(value, dict):
+        return json.dumps({key: _digest(part) for key, part in value.items()})
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode() + content).hexdigest()
+    return repr(value) if isinstance(value, str | int | float) else None
 
 
 def pair_settings(dataset: Dataset[Any]) -> dict[str, Any] | None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from . import attention, parallel, sharding
+from .adapters import remove_adapters
 from .batches import GlobalBatchSampler, MicroBatch, batches
 from .build import build_networks, teacher_denoiser
 from .cached import check_cache
@@ -36,6 +37,7 @@ from .redaction import redacted
 from .run_record import RunRecord, claim
 from .run_state import RunState
 from .sampler import ode_sample, uniform_timesteps
+from .shards import weights_digest
 from .stops import Signals, Stopped
 from .train_config import FP16_REFUSED, TrainConfig
 
@@ -83,6 +85,7 @@ class Trainer:
         self.resolution, self.sample_shape = resolution, self.family.sample_shape(pipe, resolution)
         self.uncond = self.family.unconditional(pipe, 1, resolution)
         self.settings, self.fingerprint = redacted(to_mapping(method, config) | (settings or {})), fingerprint(dataset)
+        self.teacher_digest = _digest_of(teacher.model, config)
         begun = claim(self.output_dir, config.resume_from_checkpoint)
         self.record = RunRecord(self.output_dir, self.accelerator, config)
         self.nets = build_networks(pipe, method, config, resolution)
@@ -339,7 +342,7 @@ class Trainer:
 
     def _description(self) -> dict[str, Any]:
         run = {"method": type(self.method).__name__, "settings": self.settings, "world_size": parallel.world_size()}
-        run |= {"dataset": self.fingerprint, "samplers": [sampler.as_dict() for sampler in self.samplers]}
+        run |= {"dataset": self.fingerprint, "teacher": self.teacher_digest, "samplers": [sampler.as_dict() for sampler in self.samplers]}
         return run | {"device": str(self.device), **provenance()}
 
     # ------------------------------------------------------------------ checkpoints
@@ -364,8 +367,17 @@ class Trainer:
     def _checkpoints(self) -> RunCheckpoints:
         state = RunState(self.nets, self.optimizers, self.emas, self.method.followers)
         identity = {"settings": self.settings, "method": type(self.method).__name__}
-        identity |= {"world_size": parallel.world_size(), "dataset": self.fingerprint}
+        identity |= {"world_size": parallel.world_size(), "dataset": self.fingerprint, "teacher": self.teacher_digest}
         return RunCheckpoints(self.output_dir, state, identity, self.config, self.device)
+
+
+def _digest_of(teacher: nn.Module, config: TrainConfig) -> str:
+    """SHA-256 of the weights with which the teacher runs; adapters that an earlier training left on them do not count."""
+    remove_adapters(teacher)
+    weights = teacher.state_dict()
+    if config.mixed_precision == "bf16":
+        weights = {name: w.to(torch.bfloat16) if w.is_floating_point() else w for name, w in weights.items()}
+    return weights_digest(weights)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from test_checkpoint import largest_file
 from test_trainer import ENVIRONMENT, IMAGE_FREE, assert_equal, config, final_weights, in_a_process, trainer
 from tiny_pipelines import class_conditional
+from torch.utils.data import Dataset
 
 from diffusion_distill import InputError, NonFiniteError, Trainer
 from diffusion_distill.checkpoint import latest_checkpoint, load_checkpoint
@@ -214,3 +216,41 @@ def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
         run(9, resume_from_checkpoint="latest")
     with pytest.raises(InputError, match="other settings \\(SHA-256 of the data set: stored"):
         run(8, first=1, resume_from_checkpoint="latest")
+
+
+class OwnData(Dataset[Any]):
+    """A data set of the caller's own class, whose images are augmented at random."""
+
+    def __init__(self, labels: list[int]):
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"condition": self.labels[index], "image": torch.rand(1, 8, 8)}
+
+
+def test_other_data_of_the_callers_own_class_does_not_continue_a_run(tmp_path: Path) -> None:
+    def run(labels: list[int], **changes: object) -> Trainer:
+        return Trainer(class_conditional("flow"), IMAGE_FREE, config(tmp_path, max_train_steps=1, **ONE_PICTURE | changes), OwnData(labels))
+
+    run([0, 1, 2]).train()
+    before = torch.get_rng_state()
+    assert run([0, 1, 2], resume_from_checkpoint="latest").step == 1
+    assert torch.equal(torch.get_rng_state(), before)  # looking at augmented images draws nothing from it
+    with pytest.raises(InputError, match="other settings \\(SHA-256 of the data set: stored"):
+        run([0, 2, 1], resume_from_checkpoint="latest")
+
+
+def test_a_teacher_that_was_trained_anew_under_its_old_name_does_not_continue_a_run(tmp_path: Path) -> None:
+    def run(shift: float, **changes: object) -> Trainer:
+        pipe = class_conditional("flow")
+        with torch.no_grad():
+            next(pipe.unet.parameters()).add_(shift)
+        return Trainer(pipe, IMAGE_FREE, config(tmp_path, max_train_steps=1, **ONE_PICTURE | changes), ConditionDataset([0, 1]))
+
+    run(0.0, mixed_precision="bf16").train()
+    assert run(0.0, mixed_precision="bf16", resume_from_checkpoint="latest").step == 1
+    with pytest.raises(InputError, match="SHA-256 of the teacher's weights: stored"):
+        run(0.1, mixed_precision="bf16", resume_from_checkpoint="latest")

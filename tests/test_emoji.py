@@ -1,0 +1,205 @@
+"""The text-to-image test-bed: pictures and captions, the parts of its training, the pipeline and the judge that the repository keeps."""
+
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "eval"), str(ROOT / "train")]
+
+import emoji_clip
+import emoji_data
+import emoji_training
+from common.command_line import InputError
+from common.measurement import collect
+from common.processes import Team
+from emoji_accuracy import EmojiAccuracyConfig, emoji_accuracy, words_of
+from emoji_clip import ClipSize, ClipTraining, new_clip, tokens_of, word_tokenizer
+from emoji_data import BACKGROUNDS, COLOURS, FONT, OBJECTS, Triple, draw, split, triples
+from emoji_judge import judge
+from emoji_table import markdown, reference_of
+from emoji_training import CaptionedImages, Recipe, optimise
+from emoji_vae import fold_whitening, new_autoencoder
+
+ASSETS = ROOT / "assets"
+with_font = pytest.mark.skipif(not Path(FONT).is_file(), reason="Noto Color Emoji is not installed (fonts-noto-color-emoji)")
+
+
+def pose(seed: int = 0) -> random.Random:
+    return random.Random(seed)
+
+
+def test_captions_name_every_visible_triple_once():
+    every = triples()
+    assert len({triple.caption for triple in every}) == len(every) == 20 * (8 * 6 - 4)  # red, green, blue and white are also backgrounds
+    assert all(words_of(triple.caption) == triple._asdict() for triple in every)
+    assert Triple("cat", "orange", "gray").caption == "an orange cat on a gray background"
+
+
+def test_held_out_triples_are_new_and_each_two_of_their_words_are_not():
+    train, held_out = split(0.12, 0)
+    assert sorted(train + held_out) == sorted(triples()) and not set(train) & set(held_out)
+    assert len(held_out) == round(0.12 * len(triples()))
+    assert split(0.12, 1) != (train, held_out) == split(0.12, 0)
+    train, held_out = split(0.45, 0)  # where chance alone would hold back all triples of some pair
+    seen = Counter(pair for triple in train for pair in combinations(triple._asdict().items(), 2))
+    assert all(seen[pair] >= 2 for triple in held_out for pair in combinations(triple._asdict().items(), 2))
+
+
+@with_font
+def test_a_picture_shows_its_caption_and_depends_on_the_pose_alone():
+    triple = Triple("heart", "red", "black")
+    image = np.asarray(draw(triple, pose()))
+    assert image.shape == (32, 32, 3) and (image == np.asarray(draw(triple, pose()))).all()
+    assert (image != np.asarray(draw(triple, pose(1)))).any()
+    rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    assert np.median(rim, 0) == pytest.approx(BACKGROUNDS["black"])
+    nearest = {name: np.abs(image.astype(int) - colour).sum(2).min() for name, colour in COLOURS.items()}
+    assert min(nearest, key=nearest.get) == "red"  # some pixel has the pure colour
+
+
+@with_font
+def test_data_on_disk_are_the_same_bytes_again(tmp_path: Path):
+    chosen = split(0.12, 0)[1][:3]
+    for name in ("a", "b"):
+        emoji_data.write_split(tmp_path / name, chosen, emoji_data.EmojiData(poses=2))
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 6 + 2 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    images = emoji_training.read_split(tmp_path / "a")
+    assert images.captions == 2 * [triple.caption for triple in chosen] and images.pixels.shape == (6, 3, 32, 32)
+    assert images.batch([0]).abs().max() <= 1 and (images.pixels[:3] != images.pixels[3:]).flatten(1).any(1).all()
+
+
+def test_every_word_of_a_caption_is_one_token():
+    captions = [triple.caption for triple in triples()]
+    tokenizer = word_tokenizer(captions)
+    for caption in captions[::17]:
+        assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+    assert tokenizer.decode(tokens_of(tokenizer, ["a zebra"])[0], skip_special_tokens=True).strip() == "a zebra"
+
+
+def test_training_stopped_in_between_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(emoji_training, "SAVE_EVERY", 0.0)
+    data = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+
+    def run(path: Path, stop: int) -> nn.Module:
+        torch.manual_seed(1)
+        network, calls = nn.Linear(3, 3), iter(range(stop))
+
+        def loss(index: list[int], generator: torch.Generator) -> torch.Tensor:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return F.mse_loss(network(data[index] + torch.randn(4, 3, generator=generator)), data[index])
+
+        optimise(network, loss, len(data), Recipe(8, 4, 0.1, 0.9), path)
+        return network
+
+    whole = run(tmp_path / "whole.safetensors", 100)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts.safetensors", 5)
+    resumed = run(tmp_path / "parts.safetensors", 3)
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+
+
+@torch.no_grad()
+def test_folded_whitening_changes_the_latents_and_not_the_pictures():
+    torch.manual_seed(0)
+    vae = new_autoencoder().eval()
+    images = torch.randn(4, 3, 32, 32)
+    before = vae.encode(images).latent_dist
+    drawn = vae.decode(before.mean).sample
+    fold_whitening(vae, before.mean)
+    after = vae.encode(images).latent_dist
+    assert after.mean.mean((0, 2, 3)) == pytest.approx(np.zeros(4), abs=1e-5) and after.mean.std((0, 2, 3)) == pytest.approx(np.ones(4))
+    torch.testing.assert_close(after.std, before.std / before.mean.std((0, 2, 3))[:, None, None])
+    torch.testing.assert_close(vae.decode(after.mean).sample, drawn, atol=1e-5, rtol=1e-4)
+
+
+def test_the_contrastive_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(emoji_clip, "degrade", lambda pixels, generator: pixels)
+    rows = [{"text": triple.caption, **triple._asdict()} for triple in triples()[:5]]
+    images = CaptionedImages(torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), rows)
+    tokenizer = word_tokenizer(images.captions)
+    training = ClipTraining(new_clip(tokenizer, ClipSize(16, 1, 1, 8, 8)), tokenizer, images)
+    for head in training.heads:
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)  # an undecided head costs the logarithm of its classes
+    index = [4, 0, 2]
+    tokens = tokens_of(tokenizer, [images.captions[i] for i in index])
+    expected = training.clip(pixel_values=images.batch(index), input_ids=tokens, return_loss=True).loss.item()
+    expected += sum(np.log(head.out_features) for head in training.heads) / 3
+    assert training.loss(index, torch.Generator()).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["emoji-stable-diffusion", "emoji-evaluation"])
+def test_assets_are_the_files_that_were_recorded(name: str):
+    recorded = json.loads((ASSETS / name / "sha256.json").read_text())
+    found = {str(p.relative_to(ASSETS / name)): p for p in (ASSETS / name).rglob("*") if p.is_file() and p.suffix != ".md"}
+    found.pop("sha256.json")
+    assert {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in found.items()} == recorded
+
+
+def test_plain_diffusers_draws_what_the_judge_reads():
+    pipe = DiffusionPipeline.from_pretrained(ASSETS / "emoji-stable-diffusion")
+    assert type(pipe) is StableDiffusionPipeline and pipe.text_encoder.dtype == torch.float32
+    pipe.set_progress_bar_config(disable=True)
+    asked = [Triple("heart", "red", "white"), Triple("star", "yellow", "blue"), Triple("umbrella", "green", "black")] * 4
+    generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    call = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "pt", "generator": generators}
+    read = judge().read(judge().features(pipe([each.caption for each in asked], **call).images))
+    for name, share in (("object", 0.5), ("colour", 0.8), ("background", 0.9)):
+        assert np.mean([word == getattr(each, name) for word, each in zip(read[name], asked, strict=True)]) >= share
+
+
+@with_font
+def test_the_judge_reads_real_pictures(tmp_path: Path):
+    chosen = [Triple(o, c, b) for o, (c, b) in zip(OBJECTS, [("red", "black"), ("blue", "white"), ("yellow", "green")] * 7, strict=False)]
+    emoji_data.write_split(tmp_path / "real", chosen, emoji_data.EmojiData(poses=3, seed=99))
+    config = EmojiAccuracyConfig(folder=tmp_path / "real", cache_dir=tmp_path / "cache")
+    estimates = emoji_accuracy(collect(config, Team()), config)
+    assert {name: round(each.value, 1) for name, each in estimates.items()} == {
+        "object_accuracy": 1.0,
+        "colour_accuracy": 1.0,
+        "background_accuracy": 1.0,
+        "all_accuracy": 1.0,
+    }
+    lines = (tmp_path / "real" / "metadata.jsonl").read_text().splitlines()
+    wrong = [json.loads(line) | {"text": f"a pink moon on a {json.loads(line)['background']} background"} for line in lines]
+    (tmp_path / "real" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    estimates = emoji_accuracy(collect(config, Team()), config)
+    assert (
+        estimates["background_accuracy"].value > 0.9 and estimates["colour_accuracy"].value < 0.1 and estimates["all_accuracy"].value == 0
+    )
+
+
+@pytest.mark.parametrize("prompt", ["two cats", "a red cat on a blue background, at night"])
+def test_a_prompt_of_another_form_is_refused(prompt: str):
+    with pytest.raises(InputError, match="COLOUR OBJECT"):
+        words_of(prompt)
+
+
+def test_the_teachers_reference_is_its_best_distance_over_enough_steps():
+    others = {"clip_score": 50.0, "object_accuracy": 0.5, "colour_accuracy": 0.5, "background_accuracy": 0.5, "all_accuracy": 0.25}
+    distances = [("teacher", 4, 1.0), ("teacher", 8, 4.0), ("teacher", 16, 2.0), ("student", 1, 3.0)]
+    found = [{"split": "train", "model": m, "steps": s, "frechet_distance": d, **others} for m, s, d in distances]
+    assert reference_of(found, "teacher", "train")["steps"] == 16
+    assert "| train | student | 1 | 3.00 | 1.50 | 50.0 | 0.500 | 0.500 | 0.500 | 0.250 |" in markdown(found, "teacher")
+
+
+def test_images_of_a_folder_without_captions_are_refused(tmp_path: Path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    config = EmojiAccuracyConfig(folder=tmp_path, cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match="prompts"):
+        emoji_accuracy(collect(config, Team()), config)
