@@ -70,8 +70,8 @@ def optimise(
     recipe: Recipe,
     checkpoint: Path,
     seed: int = 0,
-) -> float:
-    """Train `network` and leave it with the moving average of its weights, in evaluation mode; the process's CPU seconds of it.
+) -> None:
+    """Train `network` and leave it with the moving average of its weights, in evaluation mode.
 
     `loss_of(index, generator)` is the loss of the samples `index`; all its randomness comes from `generator`, which depends on the seed
     and the step alone. Stopped, the same call goes on from `checkpoint`, which may be a minute behind.
@@ -79,10 +79,10 @@ def optimise(
     weights = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     ema, order = EMA(weights, recipe.ema_decay), GlobalBatchSampler(samples, recipe.batch_size, seed)
-    first, spent = _restore(checkpoint, weights, optimizer, ema)
+    first = _restore(checkpoint, weights, optimizer, ema)
     optimizer.param_groups[0]["initial_lr"] = recipe.learning_rate  # which a schedule that starts in between asks for
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, recipe.steps, last_epoch=first - 1)
-    started, saved, average = time.process_time() - spent, time.monotonic(), 0.0
+    saved, average = time.monotonic(), 0.0
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=checkpoint.stem, mininterval=10)
     network.train()
     for step in bar:
@@ -96,35 +96,34 @@ def optimise(
         average += (loss.item() - average) * max(0.02, 1 / (step - first + 1))
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if time.monotonic() - saved > SAVE_EVERY or step + 1 == recipe.steps:
-            _save(checkpoint, weights, optimizer, ema, step + 1, time.process_time() - started)
+            _save(checkpoint, weights, optimizer, ema, step + 1)
             saved = time.monotonic()
     ema.settle()
     network.eval()
-    return time.process_time() - started
 
 
-def _save(path: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, step: int, spent: float) -> None:
+def _save(path: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, step: int) -> None:
     tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
     tensors |= {f"average.{name}": value for name, value in ema.average.items()}
     for name, p in weights.items():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step), "cpu_seconds": str(spent)})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step)})
     os.replace(partial, path)
 
 
-def _restore(path: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA) -> tuple[int, float]:
-    """The step to go on with and the CPU seconds spent so far."""
+def _restore(path: Path, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA) -> int:
+    """The step to go on with."""
     if not path.is_file():
-        return 0, 0.0
+        return 0
     with safe_open(path, "pt") as file:
-        record = file.metadata()
+        step = int(file.metadata()["step"])
     tensors = load_file(path)
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(tensors[f"weight.{name}"])
             ema.average[name].copy_(tensors[f"average.{name}"])
             optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    ema.updates = int(record["step"])
-    return int(record["step"]), float(record["cpu_seconds"])
+    ema.updates = step
+    return ema.updates
