@@ -47,7 +47,7 @@ class Switch:
 _switched: list[Switch] = []  # what `in_use` has switched, for `plain_attention`
 
 
-def switches(models: Mapping[str, nn.Module], backend: str | None) -> list[Switch]:
+def switches(models: dict[str, nn.Module], backend: str | None) -> list[Switch]:
     """A switch to `backend` for every attention layer of the networks, by role; none for None, which leaves diffusers its own choice.
 
     Raises:
@@ -133,7 +133,7 @@ def plain_attention() -> Iterator[None]:
             switch.layer.set_processor(switch.chosen)
 
 
-def prepared(networks: Mapping[str, Any], backend: str | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Switch]:
+def prepared(networks: dict[str, Any], backend: str | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Switch]:
     """The switches of networks that are called as a `Denoiser` is, by role; each has then run at (x_t, t, cond), forward and back.
 
     Raises:

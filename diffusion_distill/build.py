@@ -2,7 +2,7 @@
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from .adapters import Adapter, adapter_parameters, add_adapter, checkpointed, re
 from .config import TeacherConfig
 from .denoiser import Denoiser
 from .errors import InputError, reject
-from .families import family_of
+from .families import Cond, family_of
 from .methods import Method
 from .networks import Networks, trainable_copy
 from .prediction import PREDICTION_TYPES
@@ -28,8 +28,8 @@ from .sharding import shard
 from .train_config import TrainConfig
 
 
-def load_pipeline(teacher: TeacherConfig) -> Any:
-    """Load a diffusers pipeline from a folder or the hub.
+def load_pipeline(teacher: TeacherConfig, components: Mapping[str, nn.Module] | None = None, folder: str | None = None) -> Any:
+    """Load a diffusers pipeline from a folder or the hub, with `components` in the place of those that it would load, from `folder`.
 
     Raises:
         InputError: when diffusers cannot load it, with its reason in one line; for a `video_size` that it cannot draw.
@@ -38,7 +38,7 @@ def load_pipeline(teacher: TeacherConfig) -> Any:
     options["use_safetensors"] = None if teacher.allow_bin_weights else True
     try:
         with _pipeline_code_to_itself() if teacher.trust_remote_code else nullcontext():
-            pipe = DiffusionPipeline.from_pretrained(teacher.pretrained_model_name_or_path, **options)
+            pipe = DiffusionPipeline.from_pretrained(folder or teacher.pretrained_model_name_or_path, **options, **(components or {}))
     except Exception as error:  # whatever a damaged folder, or code of its own, makes diffusers and transformers raise
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())
@@ -73,10 +73,11 @@ def teacher_denoiser(pipe: Any) -> Denoiser:
     return Denoiser(model, NoiseSchedule.from_scheduler(pipe.scheduler), kind, family)
 
 
-def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None) -> Networks:
+def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | None = None, uncond: Cond | None = None) -> Networks:
     """Teacher, trained copies and extra networks of `method`, on the pipeline's device; the same on every rank.
 
     With `lora_rank` a copy is an adapter: on a frozen copy of its own, or, with `sharing` "shared", on the teacher's own weights.
+    `uncond` is the unconditional condition of one sample, None to encode it here.
     """
     teacher = teacher_denoiser(pipe)
     remove_adapters(teacher.model)  # of an earlier training from this pipeline
@@ -103,7 +104,7 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
         x_t = torch.zeros(1, *teacher.family.sample_shape(pipe, resolution), device=device)
         t = teacher.schedule.timestep(torch.full((1,), 0.5, device=device))
         with torch.no_grad():
-            extra = method.extra_networks(teacher, x_t, t, teacher.family.unconditional(pipe, 1, resolution))
+            extra = method.extra_networks(teacher, x_t, t, uncond or teacher.family.unconditional(pipe, 1, resolution))
     nets = Networks(teacher=teacher, **(copies | extra | adapted))
     nets.add(**followers)
     nets.add(**method.views(nets))

@@ -88,8 +88,10 @@ class _Encoder:
     @torch.no_grad()
     def rows(self, indices: range) -> dict[str, Tensor]:
         """What is stored of these samples, by name."""
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        loader = DataLoader(Subset(_Handed(self.dataset), indices), collate_fn=list, generator=torch.Generator(), **options)
+        samples = Subset(_Handed(self.dataset), indices)
+        loader: DataLoader[Any] = DataLoader(
+            samples, self.batch_size, num_workers=self.num_workers, collate_fn=list, generator=torch.Generator()
+        )
         parts = [self._encoded(items) for items in loader]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -1,5 +1,7 @@
 """A diffusers model with what is needed to read it: its schedule, its prediction type, its family."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -69,7 +71,7 @@ class Denoiser(nn.Module):
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(self.model.parameters()).dtype
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
-        autocast = torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        autocast = torch.autocast(x_t.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         with autocast, switched_on(self.model, self.adapter):
             return self.family.call(self.model, x_t.to(dtype), t, cond)
 

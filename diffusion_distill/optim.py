@@ -33,3 +33,8 @@ def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return factor
+
+
+def state_bytes(parameters: Iterable[nn.Parameter], config: TrainConfig) -> int:
+    """Bytes of an optimizer's state after its first step: two moments as large as each weight, and a step count of four bytes a tensor."""
+    return sum(2 * p.numel() * p.element_size() + 4 for p in parameters)

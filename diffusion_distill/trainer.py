@@ -88,7 +88,7 @@ class Trainer:
         self.teacher_digest = _digest_of(teacher.model, config)
         begun = claim(self.output_dir, config.resume_from_checkpoint)
         self.record = RunRecord(self.output_dir, self.accelerator, config)
-        self.nets = build_networks(pipe, method, config, resolution)
+        self.nets = build_networks(pipe, method, config, resolution, self.uncond)
         self.attention = self._attention()
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
         if idle := set(method.student_roles).difference(*turns):
