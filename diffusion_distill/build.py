@@ -14,6 +14,7 @@ from diffusers.utils import HF_MODULES_CACHE
 from filelock import FileLock
 from torch import nn
 
+from . import attention
 from .adapters import Adapter, adapter_parameters, add_adapter, checkpointed, remove_adapters
 from .config import TeacherConfig
 from .denoiser import Denoiser
@@ -109,6 +110,19 @@ def build_networks(pipe: Any, method: Method, config: TrainConfig, resolution: i
     nets.add(**followers)
     nets.add(**method.views(nets))
     return nets
+
+
+def attention_switches(nets: Networks, config: TrainConfig, shape: tuple[int, ...], *conds: Cond) -> list[attention.Switch]:
+    """What `attention_backend` switches in the networks of a run, tried on one sample (`shape`) under each of `conds`.
+
+    Raises:
+        InputError: where a network cannot run with it.
+    """
+    networks = {role: net for role in nets if isinstance(net := getattr(nets, role), Denoiser)}
+    cond = {name: torch.cat([each[name] for each in conds]) for name in conds[0]}
+    device = next(iter(cond.values())).device
+    x_t, t = torch.zeros(len(conds), *shape, device=device), torch.full((len(conds),), 0.5, device=device)
+    return attention.prepared(networks, config.attention_backend, x_t, nets.teacher.schedule.timestep(t), cond)
 
 
 def _shard(networks: Iterable[Denoiser], device: torch.device) -> None:

@@ -33,6 +33,8 @@ MAY_CHANGE_ON_RESUME = {
     "hub_model_id",
     "dataloader_num_workers",
     "rank_timeout",
+    "offload_encoders",
+    "offload_idle_roles",
     "allow_bin_weights",
 }
 

@@ -45,6 +45,10 @@ class TrainConfig:
     """bf16 runs networks under autocast and keeps the frozen teacher in bfloat16. None: as `accelerate launch` says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_encoders: bool = False
+    """Text encoders and VAE wait in the CPU's memory while they are not called: with `cache_dir`, all the time but for sample grids."""
+    offload_idle_roles: bool = False
+    """Networks that a turn neither trains nor calls wait in the CPU's memory, with their optimizers' states. Each way costs a copy."""
     attention_backend: str | None = None
     """Attention kernel of all networks while they train, by diffusers' name: native, _native_flash, flex, xformers, flash, ... None: the
     one that diffusers takes of itself. What a network cannot run with is refused before the run begins."""
@@ -103,6 +107,8 @@ class TrainConfig:
         for name, none in (("ema_decay", "0 (none)"), ("adam_beta1", "0"), ("adam_beta2", "0")):
             if not 0 <= getattr(self, name) < 1:
                 raise reject(name, getattr(self, name), f"{none} or a decay below 1")
+        if self.offload_idle_roles and self.parallelism == "shard":
+            raise reject("offload_idle_roles", True, "false with parallelism 'shard': its weights move between ranks")
         if self.sharing == "shared" and not self.lora_rank:
             raise reject(
                 "lora_rank", self.lora_rank, "1 or more with sharing 'shared': one copy of the weights cannot be trained in two ways"

@@ -17,12 +17,11 @@ from tqdm.auto import tqdm
 from . import attention, parallel, sharding
 from .adapters import remove_adapters
 from .batches import GlobalBatchSampler, MicroBatch, batches
-from .build import build_networks, teacher_denoiser
-from .cached import check_cache
+from .build import attention_switches, build_networks, teacher_denoiser
+from .cached import check_cache, encoders
 from .checkpointing import RunCheckpoints
 from .config import to_mapping
 from .data import fingerprint
-from .denoiser import Denoiser
 from .diagnostics import Watch
 from .divergence import all_finite, non_finite
 from .ema import EMA
@@ -30,6 +29,7 @@ from .errors import InputError, reject
 from .families import Cond, family_of
 from .images import save_grid
 from .methods import Batch, Method
+from .offload import Offload
 from .optim import build_optimizer, learning_rate_factor
 from .provenance import provenance
 from .random import SampleRandom, derive_seed
@@ -89,7 +89,6 @@ class Trainer:
         begun = claim(self.output_dir, config.resume_from_checkpoint)
         self.record = RunRecord(self.output_dir, self.accelerator, config)
         self.nets = build_networks(pipe, method, config, resolution, self.uncond)
-        self.attention = self._attention()
         turns = (roles for step in range(config.max_train_steps) for roles, _ in method.updates(step))
         if idle := set(method.student_roles).difference(*turns):
             raise reject("max_train_steps", config.max_train_steps, f"{', '.join(sorted(idle))} would never train")
@@ -103,6 +102,10 @@ class Trainer:
         self.step = 0
         if path := self.checkpoints.to_continue(begun):
             self.load(path)
+        self.offload = Offload(encoders(pipe, self.family).values(), self.nets, self.optimizers, self.device, config)
+        self.attention: list[attention.Switch] = []
+        if config.attention_backend:  # tried on two prompts: a longer one may come with a mask
+            self.attention = attention_switches(self.nets, config, self.sample_shape, *self._conditions(self.validation_conditions()[:1]))
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -127,7 +130,12 @@ class Trainer:
         self._conditions(self.validation_conditions())
         parallel.meet(self.config.rank_timeout)  # a slower process must not find run.json and take it for another run's
         self.record.start(self._description(), self.step)
-        with attention.in_use(self.attention), self.checkpoints.finished(), Signals().caught() as signals:
+        with (
+            self.offload.brought_back_after_errors(),
+            attention.in_use(self.attention),
+            self.checkpoints.finished(),
+            Signals().caught() as signals,
+        ):
             self._loop(itertools.chain(ready, map(self._prepare, data)), signals)
         self.record.finish()
 
@@ -163,6 +171,7 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         for turn, (roles, loss_fn) in enumerate(self.method.updates(self.step)):
             losses = []
+            self.offload.begin(roles)
             with self.nets.only_trains(roles):
                 for batch in micro_batches:
                     batch.random = SampleRandom((self.config.seed, TURN, self.step, turn), batch.random.slots, self.device)
@@ -205,17 +214,8 @@ class Trainer:
     def _update_followers(self) -> None:
         student: list[Tensor] = list(self.nets.parameters("student").values())
         for role, decay in self.method.followers.items():
+            self.offload.call(role)
             torch._foreach_lerp_(list(self.checkpoints.state.follower(role).values()), student, 1 - decay)
-
-    def _attention(self) -> list[attention.Switch]:
-        """What `attention_backend` switches, tried on two prompts: a longer one may come with a mask."""
-        if self.config.attention_backend is None:
-            return []
-        networks = {role: net for role in self.nets if isinstance(net := getattr(self.nets, role), Denoiser)}
-        cond, uncond = self._conditions(self.validation_conditions()[:1])
-        x_t, t = torch.zeros(2, *self.sample_shape, device=self.device), torch.full((2,), 0.5, device=self.device)
-        both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
-        return attention.prepared(networks, self.config.attention_backend, x_t, self.nets.teacher.schedule.timestep(t), both)
 
     def _base_rate(self, role: str) -> float:
         return self.method.learning_rate(role) or self.config.learning_rate
@@ -241,7 +241,9 @@ class Trainer:
         image = raw["image"]
         cond, uncond = self._conditions(raw["condition"], raw["cond"])
         x0, noise = (None if value is None else value.to(self.device) for value in (raw["x0"], raw["noise"]))
-        x0 = x0 if image is None else self.family.encode_images(self.pipe, image.to(self.device))
+        if image is not None:
+            with self.offload.encoders.needed():
+                x0 = self.family.encode_images(self.pipe, image.to(self.device))
         if x0 is not None and tuple(x0.shape[1:]) != self.sample_shape:
             raise reject("resolution", tuple(x0.shape[1:]), f"the student samples {self.sample_shape}; set the same resolution for both")
         return Batch(cond, uncond, self.sample_shape, SampleRandom((), raw["slots"], self.device), x0, noise)
@@ -250,7 +252,8 @@ class Trainer:
         uncond = {name: value.expand(len(conditions), *value.shape[1:]) for name, value in self.uncond.items()}
         if stored is not None:
             return {name: value.to(self.device) for name, value in stored.items()}, uncond
-        return self.family.encode_conditions(self.pipe, conditions, self.resolution), uncond
+        with self.offload.encoders.needed():
+            return self.family.encode_conditions(self.pipe, conditions, self.resolution), uncond
 
     def _due(self, interval: int) -> bool:
         return self.step == self.config.max_train_steps or (interval > 0 and self.step % interval == 0)
@@ -261,6 +264,7 @@ class Trainer:
         Networks spread over ranks become whole on rank 0, the student at its moving average; the others hold none from then on.
         """
         self.optimizers.clear()
+        self.offload.bring_back()
         self.nets.keep((*self.method.student_roles, "student", "teacher"))
         if self._sharded:
             for ema in self.emas.values():
@@ -280,7 +284,8 @@ class Trainer:
         noise = random.normal((len(conditions), *self.sample_shape))
         with self.student_weights():
             x0 = self.sampler.sample(self.nets.student, noise, self._conditions(conditions)[0], random.normal_like)
-        return self.family.decode(self.pipe, x0)
+        with self.offload.encoders.needed():
+            return self.family.decode(self.pipe, x0)
 
     @torch.no_grad()
     def teacher_sample(self, conditions: Sequence[Any], seed: int = 0, steps: int = 50) -> Tensor:
@@ -288,7 +293,8 @@ class Trainer:
         noise = self._validation_random(len(conditions), seed).normal((len(conditions), *self.sample_shape))
         teacher = self.nets.teacher
         x0 = ode_sample(teacher, noise, self._conditions(conditions)[0], uniform_timesteps(teacher.schedule, steps))
-        return self.family.decode(self.pipe, x0)
+        with self.offload.encoders.needed():
+            return self.family.decode(self.pipe, x0)
 
     def student_weights(self) -> Any:
         """Context in which the student holds what is exported: its moving average, if there is one."""

@@ -28,7 +28,7 @@ LAYERS = (
     ("methods",),
     ("checkpoint", "config", "data", "ema", "images", "parallel", "provenance", "train_config"),
     ("sharding",),
-    ("background", "batches", "build", "diagnostics", "divergence", "optim", "planning", "stops"),
+    ("background", "batches", "build", "diagnostics", "divergence", "offload", "optim", "planning", "stops"),
     ("run_record", "run_state", "shard_writer"),
     ("cache_writer", "memory_plan", "meta_pipeline", "pair_writer"),
     ("checkpointing", "preflight"),
