@@ -60,8 +60,7 @@ class Denoiser(nn.Module):
         try:
             self._run(x_t, t, cond)
         except _AllTapped:
-            if isinstance(self.model, FSDPModule):  # it waits for the end of its pass
-                self.model.reset_iter_state()
+            self._pass_ended()
             return found
         finally:
             for handle in handles:
@@ -73,7 +72,15 @@ class Denoiser(nn.Module):
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
         autocast = torch.autocast(x_t.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         with autocast, switched_on(self.model, self.adapter):
-            return self.family.call(self.model, x_t.to(dtype), t, cond)
+            output = self.family.call(self.model, x_t.to(dtype), t, cond)
+        if not torch.is_grad_enabled():
+            self._pass_ended()
+        return output
+
+    def _pass_ended(self) -> None:
+        """A model that is spread over ranks waits for the end of its pass, and keeps a list of passes for the backward one."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reset_iter_state()
 
 
 def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float | Tensor) -> Prediction:

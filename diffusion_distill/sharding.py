@@ -42,7 +42,7 @@ def shard(model: nn.Module, inner: Iterable[nn.Module], tapped: Iterable[nn.Modu
     # on units that return views: gradients of every family are compared with those of whole networks (tests/test_sharding.py)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in (*inner, *_units(model), model):
-        if any(p not in whole and not isinstance(p, DTensor) for p in module.parameters()):
+        if module is model or any(p not in whole and not isinstance(p, DTensor) for p in module.parameters()):
             fully_shard(module, mesh=_mesh(device.type), reshard_after_forward=True, ignored_params=whole)
     for module in tapped:
         _gather_before_backward(model, module)
