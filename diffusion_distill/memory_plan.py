@@ -19,16 +19,20 @@ from .errors import InputError
 from .families import Cond, family_of
 from .methods import Batch, Method
 from .networks import Networks
+from .offload import Rotation, bytes_of
 from .optim import state_bytes
 from .planning import MetaRandom, SavedTensors, Valueless
 from .train_config import TrainConfig
 
-GIB = 2**30
+GIB, META = 2**30, torch.device("meta")
 FIRST_STEPS = 100  # in which every turn of a method that is not scheduled by phases comes once
 ADVICE: tuple[dict[str, Any], ...] = (  # in the order in which they cost least
     {"mixed_precision": "bf16"},
     {"gradient_checkpointing": True},
+    {"offload_encoders": True},
     {"train_batch_size": 1},
+    {"optimizer": "adamw_8bit"},
+    {"offload_idle_roles": True},
     {"lora_rank": 64, "sharing": "shared"},
     {"ema_decay": 0.0},
 )
@@ -45,11 +49,20 @@ class Holding:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn holds besides: the gradients of its roles, and at most so much for the backward pass."""
+    """What a turn holds besides: the gradients of its roles, and at most so much for the backward pass.
+
+    `away` bytes of what is held otherwise wait on the CPU meanwhile.
+    """
 
     roles: tuple[str, ...]
     gradients: int
     activations: int
+    away: int = 0
+
+    @property
+    def change(self) -> int:
+        """Bytes by which this turn holds more than is held between turns without offloading."""
+        return self.gradients + self.activations - self.away
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,13 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
-        """Bytes held all the time."""
+        """Bytes held between turns, without the offloading of idle roles."""
         return sum(holding.bytes for holding in self.holdings)
 
     @property
     def total(self) -> int:
         """Bytes at the worst turn; the allocator's own and the kernels' working space come on top."""
-        return self.resident + max(turn.gradients + turn.activations for turn in self.turns)
+        return self.resident + max(turn.change for turn in self.turns)
 
     @property
     def fits(self) -> bool | None:
@@ -79,7 +92,7 @@ class MemoryPlan:
     def bytes_of(self, kind: str) -> int:
         """Bytes of one kind over all owners; "gradients" and "activations" are those of the worst turn."""
         if kind in ("gradients", "activations"):
-            worst = max(self.turns, key=lambda turn: turn.gradients + turn.activations)
+            worst = max(self.turns, key=lambda turn: turn.change)
             return int(getattr(worst, kind))
         return sum(holding.bytes for holding in self.holdings if holding.kind == kind)
 
@@ -129,12 +142,16 @@ def _measured(pipe: Any, method: Method, config: TrainConfig, resolution: int | 
     with Valueless():
         uncond = _unconditional(pipe, resolution)
         nets = _networks(pipe, method, config, resolution, uncond)
-    kept = _weights(pipe, nets, parts) + _states(nets, method, config, parts)
+    kept = _weights(pipe, nets, config, parts) + _states(nets, method, config, parts)
     size = config.train_batch_size
     batch_of = lambda: Batch(_expanded(uncond, size), _expanded(uncond, size), shape, MetaRandom(size), *_data(method, size, shape))  # noqa: E731
     turns = []
     for step in _steps(method, config):
         turns += list(_turns(nets, method, step, batch_of(), bf16, parts))
+    if config.offload_idle_roles:
+        turns = [replace(turn, away=turn.away + _states_away(kept, nets, turn.roles)) for turn in turns]
+    else:
+        turns = [replace(turn, away=0) for turn in turns]
     return MemoryPlan(tuple(kept), tuple(turns))
 
 
@@ -159,7 +176,7 @@ def _networks(pipe: Any, method: Method, config: TrainConfig, resolution: int | 
     return nets
 
 
-def _weights(pipe: Any, nets: Networks, parts: int) -> list[Holding]:
+def _weights(pipe: Any, nets: Networks, config: TrainConfig, parts: int) -> list[Holding]:
     """Each tensor once, under the first that holds it: an adapter under its role, shared weights under the teacher."""
     seen: set[int] = set()
     holders: dict[str, Iterable[Tensor]] = {}
@@ -171,7 +188,8 @@ def _weights(pipe: Any, nets: Networks, parts: int) -> list[Holding]:
     rest = {role: _fresh(_tensors(getattr(nets, role)), seen) for role in nets}
     found = [replace(held, bytes=held.bytes + sum(map(_bytes, rest[held.owner])) // parts) for held in found]
     family = family_of(pipe)
-    found += [Holding(name, "weights", sum(map(_bytes, _fresh(_tensors(part), seen)))) for name, part in encoders(pipe, family).items()]
+    encoding = {} if config.offload_encoders else encoders(pipe, family)
+    found += [Holding(name, "weights", sum(map(_bytes, _fresh(_tensors(part), seen)))) for name, part in encoding.items()]
     return [held for held in found if held.bytes]
 
 
@@ -213,8 +231,10 @@ def _steps(method: Method, config: TrainConfig) -> list[int]:
 
 
 def _turns(nets: Networks, method: Method, step: int, batch: Batch, bf16: bool, parts: int) -> Iterator[Turn]:
+    rotation = Rotation(nets, {}, META, rest=META)
     for roles, loss_fn in method.updates(step):
         batch.random = MetaRandom(len(batch.random.slots))
+        rotation.begin(roles)
         counter = SavedTensors(getattr(nets, role) for role in nets)
         with nets.only_trains(roles), Valueless(bf16), counter:
             loss, _ = loss_fn(nets, batch)
@@ -223,7 +243,20 @@ def _turns(nets: Networks, method: Method, step: int, batch: Batch, bf16: bool, 
         trained = [p for role in roles for p in nets.parameters(role).values()]
         for p in trained:
             p.grad = None
-        yield Turn(roles, sum(map(_bytes, trained)) // parts, counter.peak)
+        away = sum(map(bytes_of, rotation.units)) - rotation.peak
+        yield Turn(roles, sum(map(_bytes, trained)) // parts, counter.peak, away)
+    rotation.stay()
+
+
+def _states_away(kept: Iterable[Holding], nets: Networks, roles: tuple[str, ...]) -> int:
+    """Bytes of optimizer states that wait elsewhere while `roles` train: those on weights that none of them shares."""
+    here = {id(getattr(nets, role).model) if isinstance(getattr(nets, role), Denoiser) else role for role in roles}
+
+    def is_here(role: str) -> bool:
+        net = getattr(nets, role)
+        return (id(net.model) if isinstance(net, Denoiser) else role) in here
+
+    return sum(held.bytes for held in kept if held.kind == "optimizer" and not is_here(held.owner))
 
 
 def _expanded(cond: Cond, size: int) -> Cond:

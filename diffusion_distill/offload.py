@@ -53,8 +53,8 @@ class Rotation:
     pass needs its weights. Roles that share weights come together.
     """
 
-    def __init__(self, nets: Networks, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device):
-        self.nets, self.optimizers, self.device = nets, optimizers, device
+    def __init__(self, nets: Networks, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device, rest: torch.device = CPU):
+        self.nets, self.optimizers, self.device, self.rest = nets, optimizers, device, rest
         self.unit = {role: unit for role in nets if (unit := _unit(nets, role)) is not None}
         self.units = list(dict.fromkeys(self.unit.values()))
         self.present: set[nn.Module] = set(self.units)
@@ -101,11 +101,11 @@ class Rotation:
         if unit not in self.present:
             self.present.add(unit)
             self._move(unit, self.device)
-        self.peak = max(self.peak, sum(map(_bytes, self.present)))
+        self.peak = max(self.peak, sum(map(bytes_of, self.present)))
 
     def _leave(self, unit: nn.Module) -> None:
         self.present.discard(unit)
-        self._move(unit, CPU)
+        self._move(unit, self.rest)
 
     def _move(self, unit: nn.Module, device: torch.device) -> None:
         unit.to(device)
@@ -123,7 +123,8 @@ def _unit(nets: Networks, role: str) -> nn.Module | None:
     return net if role in nets.trained_roles else None
 
 
-def _bytes(unit: nn.Module) -> int:
+def bytes_of(unit: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a network."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*unit.parameters(), *unit.buffers()))
 
 

@@ -29,6 +29,8 @@ class TrainConfig:
     """Steps of linear warm-up."""
     lr_num_cycles: int = 1
     """Hard restarts of `cosine_with_restarts`."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in eight bits, by bitsandbytes: a quarter of the memory. It rounds, so results differ."""
     adam_beta1: float = 0.9
     """AdamW: decay of the first moment."""
     adam_beta2: float = 0.999
@@ -109,6 +111,8 @@ class TrainConfig:
                 raise reject(name, getattr(self, name), f"{none} or a decay below 1")
         if self.offload_idle_roles and self.parallelism == "shard":
             raise reject("offload_idle_roles", True, "false with parallelism 'shard': its weights move between ranks")
+        if self.optimizer == "adamw_8bit" and self.parallelism == "shard":
+            raise reject("optimizer", "adamw_8bit", "'adamw' with parallelism 'shard', which spreads the moments already")
         if self.sharing == "shared" and not self.lora_rank:
             raise reject(
                 "lora_rank", self.lora_rank, "1 or more with sharing 'shared': one copy of the weights cannot be trained in two ways"

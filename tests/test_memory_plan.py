@@ -76,8 +76,8 @@ def measured(folder: Path, pipe: Any, method: Method, **changes: Any) -> tuple[d
     turns = [(sum(gradients), counter.peak) for counter, gradients in counters]
     networks = [getattr(run.nets, role) for role in run.nets] + list(encoders(pipe, run.family).values())
     held = {"weights": size(t for net in networks for t in (*net.parameters(), *net.buffers()))}
-    states = [value for o in run.optimizers.values() for state in o.state.values() for value in state.values()]
-    held["optimizer"] = sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
+    states = [[v for state in o.state.values() for v in state.values() if isinstance(v, Tensor)] for o in run.optimizers.values()]
+    held["optimizer"] = sum(map(size, states))
     held["average"] = size(value for ema in run.emas.values() for value in ema.average.values())
     return held, turns
 
@@ -117,6 +117,24 @@ def assert_as_measured(folder: Path, make: Callable[[], Any], method: Method, *,
 def test_a_plan_is_what_a_run_holds(tmp_path: Path, name: str, variant: str) -> None:
     method = replace(WITH_GAN, gan_weight=0.0) if variant == "recomputed" else WITH_GAN  # a pass that ends in a checkpoint waits for the
     assert_as_measured(tmp_path, PIPELINES[name], method, **VARIANTS[variant])  # garbage collector, here or there
+
+
+def test_moments_of_eight_bits_are_planned(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert_as_measured(tmp_path, stable_diffusion, WITH_GAN, optimizer="adamw_8bit")
+
+
+def test_what_is_offloaded_is_away() -> None:
+    method = replace(WITH_GAN, gan_weight=0.0)
+    whole, off = (
+        planned(stable_diffusion(), method, **changes) for changes in ({}, {"offload_idle_roles": True, "offload_encoders": True})
+    )
+    weights, states = {h.owner: h.bytes for h in whole.holdings if h.kind == "weights"}, whole.bytes_of("optimizer")
+    assert {h.owner for h in whole.holdings} - {h.owner for h in off.holdings} == {"text_encoder", "vae"}
+    assert whole.resident - off.resident == weights["text_encoder"] + weights["vae"]
+    student, critic = off.turns
+    assert student.away == weights["teacher"] + states // 2  # of three networks two are there, and one optimizer's states
+    assert critic.away >= student.away and all(turn.away == 0 for turn in whole.turns)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_xl", "stable_diffusion_3", "pixart_alpha", "sana", "class_dit", "wan", "z_image"])
