@@ -37,7 +37,7 @@ def _eight_bit(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch
     except ImportError as error:
         raise reject("optimizer", "adamw_8bit", "it needs bitsandbytes: pip install 'diffusion-distill[8bit]'") from error
 
-    class Flat(AdamW8bit):  # type: ignore[misc]
+    class Flat(AdamW8bit):
         """Whose state is a tensor or a number by its name, as every optimizer's; the package nests some of them for FSDP."""
 
         state_dict = torch.optim.Optimizer.state_dict
