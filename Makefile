@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= outputs/demo
+DEMO_T2I_DIR ?= outputs/demo-t2i
 SOAK_KILLS ?= 200
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # What tests of eval/ compare with, off the path: it asks for torchvision, and torchmetrics would import it.
 REFERENCES := torch-fidelity==0.4.0
 
-.PHONY: help install demo test check soak format clean
+.PHONY: help install demo demo-t2i test check soak format clean
 
 help:
 	@echo "make demo     distil the digits teacher and compare it with its student, into $(DEMO_DIR)"
+	@echo "make demo-t2i distil a small text-to-image pipeline and judge it, into $(DEMO_T2I_DIR)"
 	@echo "make test     the whole test suite, on the CPU"
 	@echo "make check    formatting, lint, types, layering"
 	@echo "make soak     kill training $(SOAK_KILLS) times and look at what is left (docs/reliability.md)"
@@ -29,6 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python train/demo.py --output_dir $(DEMO_DIR)
+
+demo-t2i: $(INSTALLED)
+	$(BIN)/python train/demo_t2i.py --output_dir $(DEMO_T2I_DIR)
 
 # One thread a worker: two workers with torch's default threads fight over the same cores.
 test: $(INSTALLED)

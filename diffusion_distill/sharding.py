@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from . import parallel
 from .checkpoint import TensorGroups
@@ -44,6 +45,7 @@ def shard(model: nn.Module, inner: Iterable[nn.Module], tapped: Iterable[nn.Modu
     for module in (*inner, *_units(model), model):
         if module is model or any(p not in whole and not isinstance(p, DTensor) for p in module.parameters()):
             fully_shard(module, mesh=_mesh(device.type), reshard_after_forward=True, ignored_params=whole)
+            module.register_forward_pre_hook(_contiguous_tokens, with_kwargs=True)
     for module in tapped:
         _gather_before_backward(model, module)
 
@@ -64,6 +66,15 @@ def _called(child: nn.Module) -> Iterator[nn.Module]:
         return
     for module in child.children():
         yield from _called(module)
+
+
+def _contiguous_tokens(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The inputs, sequences of tokens (B, L, D) without gaps.
+
+    `fully_shard` hands a unit views of its inputs, which at B = 1 changes the strides of transposed ones, and leaves that out when
+    a checkpointed unit runs again: matrix products would then save other shapes than the first time.
+    """
+    return tree_map_only(Tensor, lambda x: x.contiguous() if x.ndim == 3 else x, (args, kwargs))
 
 
 def _gather_before_backward(model: nn.Module, tapped: nn.Module) -> None:

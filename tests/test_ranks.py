@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import on_ranks
 from test_trainer import IMAGE_FREE, METHODS, assert_equal, final_weights, trainer
+from torch.distributed.tensor import DTensor
 
 from diffusion_distill import DMD2, InputError, NonFiniteError, parallel
 from diffusion_distill.checkpoint import load_checkpoint
@@ -21,6 +22,7 @@ from diffusion_distill.errors import CheckpointError, LostRankError
 from diffusion_distill.methods import Update
 
 SMALL: dict[str, Any] = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "num_validation_images": 1}
+PARALLELISM = ("replicate", "shard")
 ONE_OF_EACH = list({type(method): name for name, method in METHODS.items()}.values())
 
 
@@ -34,6 +36,11 @@ def one_thread() -> Iterator[None]:
 
 def log(folder: Path, rank: int) -> str:
     return (folder / f"rank-{rank}.log").read_text(errors="replace")
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def saw(kind: type[BaseException], act: Any) -> str:
@@ -77,21 +84,25 @@ class InfiniteLoss(DMD2):
         return loss + (math.inf if parallel.rank() else 0.0), logs
 
 
-def test_what_is_no_number_on_one_rank_stops_all_before_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", PARALLELISM)
+def test_what_is_no_number_on_one_rank_stops_all_before_the_step(tmp_path: Path, parallelism: str) -> None:
+    spread = {"parallelism": parallelism}
     cases = [(role, on) for role in ("teacher", "student", "fake_score") for on in (0, 1)]
 
     def stopped(rank: int, role: str, on: int) -> None:
         folder = tmp_path / f"{role}-{on}"
-        run = trainer(folder, replace(IMAGE_FREE, student_update_interval=1), max_train_steps=3, **SMALL)
+        run = trainer(folder, replace(IMAGE_FREE, student_update_interval=1), max_train_steps=3, **SMALL, **spread)
         run.train_step(run._prepare(next(run._data())))
         run.save()
         if rank == on:
             with torch.no_grad():
                 next(getattr(run.nets, role).parameters()).fill_(float("nan"))
-        before = [p.clone() for role in run.trained for p in run.nets.parameters(role).values()]
+        before = [local(p).clone() for role in run.trained for p in run.nets.parameters(role).values()]
         line = saw(NonFiniteError, run.train)
-        assert "step 1: the gradient of 'student' is nan" in line and f"student/loss on rank {on}" in line, line
-        after = [p for role in run.trained for p in run.nets.parameters(role).values()]
+        # weights that are spread over ranks reach all of them
+        where = f"rank {on}" if parallelism == "replicate" else "rank 0, 1"
+        assert "step 1: the gradient of 'student' is nan" in line and f"student/loss on {where}" in line, line
+        after = [local(p) for role in run.trained for p in run.nets.parameters(role).values()]
         assert all(a.equal(b) or (a.isnan() & b.isnan()).any() for a, b in zip(before, after, strict=True))
         kept = list(folder.glob(f"nonfinite-step-1-rank-{rank}.safetensors"))
         assert len(kept) == 1 and kept[0].name in line
@@ -102,15 +113,16 @@ def test_what_is_no_number_on_one_rank_stops_all_before_the_step(tmp_path: Path)
         for role, on in cases:
             stopped(rank, role, on)
         spoiled = InfiniteLoss(2, guidance_scale=1.0, gan_weight=0.0)
-        line = saw(NonFiniteError, trainer(tmp_path / "loss", spoiled, **SMALL).train)
+        line = saw(NonFiniteError, trainer(tmp_path / "loss", spoiled, **SMALL, **spread).train)
         assert "step 0: the gradient of 'student' is finite, its loss is not (terms that are no number: student/loss on rank 1)" in line
 
     assert on_ranks(2, work, tmp_path) == [0, 0], log(tmp_path, 0)[-3000:] + log(tmp_path, 1)[-3000:]
 
 
-def test_a_signal_to_one_rank_saves_the_step_and_ends_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", PARALLELISM)
+def test_a_signal_to_one_rank_saves_the_step_and_ends_both(tmp_path: Path, parallelism: str) -> None:
     def work(rank: int) -> None:
-        run = trainer(tmp_path / "run", IMAGE_FREE, max_train_steps=9, checkpointing_steps=0, **SMALL)
+        run = trainer(tmp_path / "run", IMAGE_FREE, max_train_steps=9, checkpointing_steps=0, parallelism=parallelism, **SMALL)
         if rank == 1:
             step = run.train_step
             run.train_step = lambda batches: (os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None, step(batches))[1]  # type: ignore[method-assign]
@@ -159,9 +171,10 @@ def test_rank_0_is_missed_by_the_others(tmp_path: Path) -> None:
     assert on_ranks_until(1, work, tmp_path)[1] == 0, log(tmp_path, 1)[-3000:]
 
 
-def test_a_checkpoint_that_rank_0_cannot_write_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", PARALLELISM)
+def test_a_checkpoint_that_rank_0_cannot_write_ends_all(tmp_path: Path, parallelism: str) -> None:
     def work(rank: int) -> None:
-        run = trainer(tmp_path / "run", IMAGE_FREE, max_train_steps=3, checkpointing_steps=1, **SMALL)
+        run = trainer(tmp_path / "run", IMAGE_FREE, max_train_steps=3, checkpointing_steps=1, parallelism=parallelism, **SMALL)
         run.save()
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # as on a full disk
         line = saw(CheckpointError, run.train)

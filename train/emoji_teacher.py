@@ -39,7 +39,7 @@ class EmojiTeacher:
     """Steps of the autoencoder, 16 images each."""
     clip_steps: int = 400
     """Steps of the pipeline's CLIP model, 64 images each."""
-    judge_clip_steps: int = 1200
+    judge_clip_steps: int = 600
     """Steps of the CLIP model that scores, 64 images each."""
     unet_steps: int = 3200
     """Steps of the UNet, 32 latents each."""
