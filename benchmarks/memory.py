@@ -2,6 +2,7 @@
 
 Weights are random: neither number depends on them. DMD2 without images, one sample a step. One JSON line a case, with device and commit.
     python benchmarks/memory.py --pipelines sd15 sdxl --output memory.json
+    python benchmarks/memory.py --plan        # the plans alone, anywhere
     python benchmarks/memory.py --tiny        # on the CPU, a minute: that the script runs; there is no peak to read
 """
 
@@ -29,6 +30,7 @@ from diffusion_distill.trainer import Trainer
 METHOD = DMD2(num_inference_steps=4, guidance_scale=1.75, gan_weight=0.0, student_update_interval=2)
 PROMPTS = ConditionDataset(["a lighthouse at dusk", "two cats on a wall, one of them asleep", "rain"])
 SHARED = {"lora_rank": 64, "sharing": "shared"}
+KINDS = ("weights", "gradients", "optimizer", "average", "activations")
 CASES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "recomputed": {"gradient_checkpointing": True},
@@ -57,17 +59,18 @@ def measured(pipe: Any, config: TrainConfig, resolution: int | None, steps: int)
     return {"steps_per_second": steps / seconds, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0}
 
 
-def record(name: str, case: str, make: Callable[[str], Any], resolution: int | None, steps: int, device: str) -> dict[str, Any]:
-    """One line: what was planned and what was measured, or why it could not be."""
+def record(name: str, case: str, make: Callable[[str], Any], resolution: int | None, steps: int, device: str | None) -> dict[str, Any]:
+    """One line: what was planned and, where there is a device, what was measured, or why it could not be."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(output_dir=folder, train_batch_size=1, max_train_steps=steps + 2, mixed_precision="bf16", **CASES[case])
         planned = plan(make("meta"), replace(METHOD), config, resolution=resolution)
         line: dict[str, Any] = {"pipeline": name, "case": case, "planned_bytes": planned.total, "resident_bytes": planned.resident}
+        line["planned_bytes_of"] = {kind: planned.bytes_of(kind) for kind in KINDS}
         try:
-            line |= measured(make(device), config, resolution, steps)
+            line |= measured(make(device), config, resolution, steps) if device else {}
         except torch.OutOfMemoryError as error:
             line["error"] = " ".join(str(error).split())[:200]
-    return line | {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **provenance()}
+    return line | {"device": torch.cuda.get_device_name() if device == "cuda" else device, **provenance()}
 
 
 def tiny(device: str) -> Any:
@@ -87,15 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("memory.json"))
     parser.add_argument("--tiny", action="store_true", help="a tiny pipeline on the CPU")
+    parser.add_argument("--plan", action="store_true", help="plan and measure nothing")
     args = parser.parse_args(argv)
-    if not args.tiny and not torch.cuda.is_available():
-        parser.error("a CUDA device is needed; --tiny runs on the CPU")
+    if not (args.tiny or args.plan or torch.cuda.is_available()):
+        parser.error("a CUDA device is needed; --tiny runs on the CPU, --plan anywhere")
+    device = None if args.plan else "cpu" if args.tiny else "cuda"
     if args.tiny:
         todo = [("tiny", case, tiny, None) for case in args.cases]
     else:
         todo = [(name, case, *PIPELINES[name]) for name in args.pipelines for case in args.cases]
     for name, case, make, resolution in todo:
-        line = record(name, case, make, resolution, args.steps, "cpu" if args.tiny else "cuda")
+        line = record(name, case, make, resolution, args.steps, device)
         print(json.dumps(line), flush=True)
         with args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -27,6 +27,15 @@ def train(name: str, argv: Sequence[str] | None = None, *, prog: str | None = No
 
 
 @dataclass
+class PlannedData(DataConfig):
+    """Data of a run that is planned: of all this the resolution alone matters, so there need be none."""
+
+    def __post_init__(self) -> None:
+        if self.sources():
+            super().__post_init__()
+
+
+@dataclass
 class PlanConfig:
     """For which machine to plan."""
 
@@ -45,7 +54,7 @@ class PlanConfig:
 def plan_run(name: str, argv: Sequence[str] | None = None) -> MemoryPlan:
     """Say what a run with these flags would hold on its device. InputError: a wrong flag, or a teacher that cannot be planned for."""
     kind = METHODS[name]
-    groups = (TeacherConfig, kind, DataConfig, TrainConfig, PlanConfig)
+    groups = (TeacherConfig, kind, PlannedData, TrainConfig, PlanConfig)
     described = "What a run with these flags would hold on its device. Nothing is loaded."
     teacher, method, data, config, machine = parse(argv, *groups, prog=f"diffusion-distill plan {name}", description=described)
     check_teacher(teacher)
@@ -73,12 +82,14 @@ def main() -> None:
 
 def _main() -> None:
     names = ", ".join(METHODS)
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    if len(sys.argv) < 2 or {"-h", "--help"} & {sys.argv[1], *(sys.argv[2:3] if sys.argv[1] == "plan" else [])}:
         print(f"usage: diffusion-distill METHOD --pretrained_model_name_or_path ...\nMETHOD: {names}; METHOD --help lists its flags")
         print("diffusion-distill plan METHOD ... says what such a run would hold in memory, and loads nothing")
         return
     planned = sys.argv[1] == "plan"
-    name = sys.argv[2] if planned and len(sys.argv) > 2 else sys.argv[1]
+    if planned and len(sys.argv) < 3:
+        raise reject("METHOD", "nothing", f"accepted: {names}")
+    name = sys.argv[2] if planned else sys.argv[1]
     if name not in METHODS:
         raise reject("METHOD", name, f"accepted: {names}")
     if planned:

@@ -68,9 +68,7 @@ class DataConfig:
     """Processes that load images; 0 loads in the main process."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("train_data_dir", "prompts_file", "dataset", "pairs_dir", "cache_dir") if getattr(self, name)]
-        given += ["num_classes"] if self.num_classes is not None else []
-        if len(given) != 1:
+        if len(given := self.sources()) != 1:
             fields = "train_data_dir, prompts_file, dataset, num_classes, pairs_dir, cache_dir"
             raise InputError(f"{fields}: got {' and '.join(given) or 'none'}; exactly one of the six says what to train on")
         for name, minimum in (("num_classes", 1), ("resolution", 1), ("dataloader_num_workers", 0)):
@@ -79,6 +77,11 @@ class DataConfig:
                 raise reject(name, value, f"{minimum} or more")
         if not self.caption_column:
             raise reject("caption_column", self.caption_column, "a key of metadata.jsonl")
+
+    def sources(self) -> list[str]:
+        """Names of the fields that say what to train on and are set."""
+        given = [name for name in ("train_data_dir", "prompts_file", "dataset", "pairs_dir", "cache_dir") if getattr(self, name)]
+        return given + (["num_classes"] if self.num_classes is not None else [])
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def test_every_recipe_is_a_configuration_of_its_method(tmp_path: Path, capsys: p
     assert recipes
     for recipe in recipes:
         assert isinstance(yaml.safe_load(recipe.read_text()), dict)
-        names = [name for name in METHODS if recipe.stem.startswith(f"digits_{name}")]
-        method, settings = max(names, key=len), yaml.safe_load(recipe.read_text())
-        pairs = [] if "dataset" in settings else ["--pairs_dir", str(tmp_path)]
+        bed, _, named = recipe.stem.partition("_")
+        assert bed in ("digits", "emoji")
+        method, settings = max((name for name in METHODS if named.startswith(name)), key=len), yaml.safe_load(recipe.read_text())
+        pairs = [] if {"dataset", "prompts_file", "train_data_dir"} & set(settings) else ["--pairs_dir", str(tmp_path)]
         assert run("--config", str(recipe), *pairs, "--pretrained_model_name_or_path", str(tmp_path / "nowhere"), method=method) == 2
         assert "pretrained_model_name_or_path" in capsys.readouterr().err  # everything before the teacher was accepted
 

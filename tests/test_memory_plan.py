@@ -174,9 +174,9 @@ def test_configurations_alone_give_the_networks_of_the_folder(tmp_path: Path, ma
 
 def test_from_flags_to_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class_conditional().save_pretrained(tmp_path)
-    flags = ["--pretrained_model_name_or_path", str(tmp_path), "--trust_remote_code", "--dataset", "digits", "--ema_decay", "0.9"]
-    flags += ["--guidance", "fixed"]
+    flags = ["--pretrained_model_name_or_path", str(tmp_path), "--trust_remote_code", "--guidance", "fixed", "--ema_decay", "0.9"]
     roomy = plan_run("lcm", [*flags, "--device_memory", "8"])
+    assert plan_run("lcm", [*flags, "--device_memory", "8", "--dataset", "digits"]) == roomy  # what a run needs, a plan may be given
     assert roomy.fits and not roomy.advice and "fits" in capsys.readouterr().out
     tight = plan_run("lcm", [*flags, "--device_memory", str(0.9 * roomy.total / 2**30)])
     printed = capsys.readouterr().out
