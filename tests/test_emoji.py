@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT / "train")]
 
+import emoji_assets
 import emoji_clip
 import emoji_data
+import emoji_flow
 import emoji_training
 from common.command_line import InputError
 from common.measurement import collect
@@ -31,7 +33,10 @@ from emoji_data import BACKGROUNDS, COLOURS, FONT, OBJECTS, Triple, draw, split,
 from emoji_judge import judge
 from emoji_table import markdown, reference_of
 from emoji_training import CaptionedImages, Recipe, optimise
+from emoji_transformer import FlowTraining, LastTextTokenRepeated, new_pipeline, new_transformer
 from emoji_vae import fold_whitening, new_autoencoder
+
+from diffusion_distill.families import family_of
 
 ASSETS = ROOT / "assets"
 with_font = pytest.mark.skipif(not Path(FONT).is_file(), reason="Noto Color Emoji is not installed (fonts-noto-color-emoji)")
@@ -141,6 +146,93 @@ def test_the_contrastive_loss_is_that_of_transformers(monkeypatch: pytest.Monkey
     expected = training.clip(pixel_values=images.batch(index), input_ids=tokens, return_loss=True).loss.item()
     expected += sum(np.log(head.out_features) for head in training.heads) / 3
     assert training.loss(index, torch.Generator()).item() == pytest.approx(expected, abs=1e-5)
+
+
+def small_flow() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    pipe = new_pipeline(StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-stable-diffusion"), new_transformer(96, layers=2, heads=2))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise_images(count: int) -> CaptionedImages:
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return CaptionedImages(pixels, [{"text": triple.caption, **triple._asdict()} for triple in triples()[:count]])
+
+
+@torch.no_grad()
+def test_one_weighted_text_token_is_the_stock_transformer_with_256_of_them():
+    pipe = small_flow()
+    for weight in pipe.transformer.parameters():
+        weight += 0.05 * torch.randn_like(weight)
+    cond = family_of(pipe).encode_conditions(pipe, ["a red cat on a blue background", ""])
+    assert cond["prompt_embeds"].shape == (2, 16 + 256, 2 * 96) and not cond["prompt_embeds"][:, 16:].any()
+    inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "pooled_projections": cond["pooled"], "timestep": torch.tensor([300.0, 900.0])}
+    stock = pipe.transformer(encoder_hidden_states=cond["prompt_embeds"], **inputs).sample
+    with LastTextTokenRepeated(256):
+        short = pipe.transformer(encoder_hidden_states=cond["prompt_embeds"][:, :17], **inputs).sample
+    torch.testing.assert_close(short, stock, atol=1e-5, rtol=1e-5)
+    unweighted = pipe.transformer(encoder_hidden_states=cond["prompt_embeds"][:, :17], **inputs).sample
+    assert (unweighted - stock).abs().max() > 100 * (short - stock).abs().max()
+
+
+def test_the_flow_is_that_of_the_pipelines_scheduler():
+    pipe, images, seen = small_flow(), noise_images(8), {}
+    training = FlowTraining(pipe, images)
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    loss = training.loss(list(range(8)), torch.Generator().manual_seed(0))
+    sigma = seen["timestep"][:, None, None, None] / 1000
+    eps = (seen["hidden_states"] - (1 - sigma) * training.latents) / sigma
+    assert eps.std() == pytest.approx(1, abs=0.1) and (sigma > 0).all() and (sigma < 1).all()
+    assert loss.item() == pytest.approx((eps - training.latents).square().mean().item(), rel=1e-4)  # the untrained output is zero
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(8)
+    x_t = eps
+    for t, s in zip(scheduler.timesteps, [*scheduler.timesteps[1:], torch.tensor(0.0)], strict=True):
+        torch.testing.assert_close(training.schedule.add_noise(training.latents, eps, t.expand(8)), x_t, atol=1e-4, rtol=1e-4)
+        x_t = scheduler.step(eps - training.latents, t, x_t).prev_sample
+        torch.testing.assert_close(training.schedule.add_noise(training.latents, eps, s.expand(8)), x_t, atol=1e-4, rtol=1e-4)
+
+
+def test_the_flow_transformer_learns_and_a_tenth_of_the_captions_is_dropped(tmp_path: Path):
+    pipe, images, texts = small_flow(), noise_images(2), []
+    training = FlowTraining(pipe, images)
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: texts.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    before = training.loss([0, 1] * 256, torch.Generator().manual_seed(0)).item()
+    handle.remove()
+    dropped = [torch.equal(text, training.cond["prompt_embeds"][0]) for text in texts[0]]  # row 0 is ""
+    assert 0.05 < np.mean(dropped) < 0.15
+    step = lambda index, generator: training.loss(index * 16, generator)  # noqa: E731
+    optimise(pipe.transformer, step, 2, Recipe(80, 2, 3e-3, 0.9), tmp_path / "transformer.safetensors")
+    assert training.loss([0, 1] * 256, torch.Generator().manual_seed(0)).item() < 0.5 * before
+
+
+def test_the_flow_pipeline_is_packed_and_plain_diffusers_draws_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("train", "held_out"):
+        images = noise_images(3)
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = [row | {"file_name": f"{i}.png"} for i, row in enumerate(images.rows)]
+        for row, pixels in zip(rows, images.pixels, strict=True):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "data" / name / row["file_name"])
+        (tmp_path / "data" / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"data_dir": tmp_path / "data", "parts": ASSETS / "emoji-stable-diffusion", "output_dir": tmp_path / "flow", "steps": 2}
+    monkeypatch.setattr(sys, "argv", ["emoji_flow.py", *(f"--{name}={value}" for name, value in flags.items())])
+    emoji_flow.main()
+    monkeypatch.setattr(sys, "argv", ["emoji_assets.py", f"--flow_dir={tmp_path / 'flow'}", f"--output_dir={tmp_path / 'assets'}"])
+    emoji_assets.main()
+    packed = tmp_path / "assets" / "emoji-stable-diffusion-3"
+    assert set(json.loads((packed / "training.json").read_text())["flow"]) == {"cpu_seconds", "loss_held_out"}
+    assert json.loads((packed / "sha256.json").read_text()) == emoji_assets.hashes(packed)
+    assert (packed / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size <= 5e6
+    weights = "diffusion_pytorch_model.safetensors"  # the same bytes, which Git keeps once
+    assert (packed / "vae" / weights).read_bytes() == (ASSETS / "emoji-stable-diffusion" / "vae" / weights).read_bytes()
+    pipe = DiffusionPipeline.from_pretrained(packed)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is StableDiffusion3Pipeline and pipe.text_encoder_2.dtype == torch.float32
+    drawn = pipe(["a red cat on a blue background"] * 2, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+    assert drawn.shape == (2, 32, 32, 3) and np.isfinite(drawn).all()
 
 
 @pytest.mark.parametrize("name", ["emoji-stable-diffusion", "emoji-evaluation"])

@@ -1,6 +1,7 @@
 """Put the trained emoji pipeline and what judges it into assets/, in half precision, with the captions and the SHA-256 of every file.
 
     python train/emoji_assets.py --data_dir outputs/emoji --teacher_dir outputs/emoji-teacher
+    python train/emoji_assets.py --flow_dir outputs/emoji-flow        # the flow-matching pipeline alone
 
 The judge (eval/emoji_judge.py) must have been trained before: its features' statistics of the real pictures are part of the assets.
 """
@@ -12,11 +13,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
-from transformers import CLIPModel
+from diffusers import DiffusionPipeline
+from transformers import CLIPModel, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -33,8 +35,10 @@ class Assets:
     """Folder that emoji_data.py wrote."""
     teacher_dir: str = "outputs/emoji-teacher"
     """Folder that emoji_teacher.py wrote."""
+    flow_dir: str | None = None
+    """Folder that emoji_flow.py wrote; its pipeline is packed, and nothing else."""
     output_dir: str = "assets"
-    """Folder for emoji-stable-diffusion and emoji-evaluation, which must not exist."""
+    """Folder for emoji-stable-diffusion and emoji-evaluation, or emoji-stable-diffusion-3, which must not exist."""
 
 
 def save_in_half(model: torch.nn.Module, folder: Path) -> None:
@@ -69,23 +73,41 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def pack_pipeline(source: Path, record: Path, folder: Path) -> None:
+    """The pipeline of `source` with the record of its training."""
+    pipe = DiffusionPipeline.from_pretrained(source)
+    pipe.to(torch.float16).save_pretrained(folder)
+    for name, part in pipe.components.items():
+        if isinstance(part, PreTrainedModel):
+            save_in_half(part, folder / name)
+    shutil.copyfile(record, folder / "training.json")
+
+
+def pack_evaluation(data: Path, clip: Path, folder: Path) -> None:
+    """The CLIP that scores, the captions, and the judge's statistics of the pictures."""
+    shutil.copytree(clip, folder / "clip")
+    save_in_half(CLIPModel.from_pretrained(clip), folder / "clip")
+    for split in SPLITS:
+        shutil.copyfile(data / split / "prompts.txt", folder / f"{split}.txt")
+        write_statistics(data / split, folder / f"{split}.npz")
+
+
 def main() -> None:
     (config,) = parse(None, Assets, prog="emoji_assets.py", description=__doc__ or "")
-    data, teacher, output = Path(config.data_dir), Path(config.teacher_dir), Path(config.output_dir)
-    pipeline, evaluation = output / "emoji-stable-diffusion", output / "emoji-evaluation"
-    for folder in (pipeline, evaluation):
-        if folder.exists():
-            raise reject("output_dir", str(folder), "a folder that does not exist yet is needed")
-    pipe = StableDiffusionPipeline.from_pretrained(teacher / "pipeline")
-    pipe.to(torch.float16).save_pretrained(pipeline)
-    save_in_half(pipe.text_encoder, pipeline / "text_encoder")
-    shutil.copyfile(teacher / "teacher.json", pipeline / "training.json")
-    shutil.copytree(teacher / "clip", evaluation / "clip")
-    save_in_half(CLIPModel.from_pretrained(teacher / "clip"), evaluation / "clip")
-    for split in SPLITS:
-        shutil.copyfile(data / split / "prompts.txt", evaluation / f"{split}.txt")
-        write_statistics(data / split, evaluation / f"{split}.npz")
-    for folder in (pipeline, evaluation):
+    teacher, output = Path(config.teacher_dir), Path(config.output_dir)
+    packers = {
+        "emoji-stable-diffusion": partial(pack_pipeline, teacher / "pipeline", teacher / "teacher.json"),
+        "emoji-evaluation": partial(pack_evaluation, Path(config.data_dir), teacher / "clip"),
+    }
+    if config.flow_dir is not None:
+        flow = Path(config.flow_dir)
+        packers = {"emoji-stable-diffusion-3": partial(pack_pipeline, flow / "pipeline", flow / "flow.json")}
+    for name in packers:
+        if (output / name).exists():
+            raise reject("output_dir", str(output / name), "a folder that does not exist yet is needed")
+    for name, pack in packers.items():
+        folder = output / name
+        pack(folder)
         (folder / "sha256.json").write_text(json.dumps(hashes(folder), indent=2) + "\n")
         print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes")
 

@@ -19,8 +19,8 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from emoji_clip import JUDGE_CLIP, PIPELINE_CLIP, ClipSize, ClipTraining, image_processor, matching_share, new_clip, word_tokenizer
-from emoji_training import CaptionedImages, Recipe, optimise, read_split
-from emoji_unet import UnetTraining, new_pipeline
+from emoji_training import CaptionedImages, DenoiserTraining, Recipe, optimise, read_split
+from emoji_unet import new_pipeline
 from emoji_vae import autoencoder_loss, encode, fold_whitening, new_autoencoder, psnr
 
 from diffusion_distill.config import parse, run_cli
@@ -67,7 +67,7 @@ def train_clip(images: CaptionedImages, tokenizer: CLIPTokenizer, size: ClipSize
 
 def train_unet(config: EmojiTeacher, pipe: StableDiffusionPipeline, images: CaptionedImages) -> None:
     """Train the pipeline's UNet on the latents of all images."""
-    training = UnetTraining(pipe, encode(pipe.vae, images), images.captions)
+    training = DenoiserTraining(pipe, images)
     recipe = Recipe(config.unet_steps, 32, 1e-3, 0.998)
     checkpoint = Path(config.output_dir, "unet.safetensors")
     optimise(pipe.unet, training.loss, len(images.rows), recipe, checkpoint, config.seed)
