@@ -188,19 +188,17 @@ def test_a_killed_run_resumes_bit_exactly(tmp_path: Path) -> None:
 
 
 def assert_same_up_to_rounding(one: Path, two: Path, step: int) -> None:
-    """Weights differ by at most 2 % of how far training moved them: Adam turns the rounding of a vanishing gradient into a step.
+    """Weights differ by at most 1 % of how far training moved them, in the norm; Adam turns the rounding of vanishing gradients into steps.
 
     Biases of attention keys are left out: the softmax does not see them, so their gradient is nothing but rounding.
     """
     first, second = final_weights(one, step), final_weights(two, step)
-    start = dict(class_conditional("flow").unet.named_parameters())
-    weights = [name for name in first if "optimizer" not in name]
-    moved = max((first[f][f"model.{n}"] - p).abs().max().item() for f in weights for n, p in start.items() if f"model.{n}" in first[f])
-    for file in weights:
-        differences = {
-            key: (value - second[file][key]).abs().max().item() for key, value in first[file].items() if not key.endswith("to_k.bias")
-        }
-        assert max(differences.values()) < 0.02 * moved, (file, max(differences, key=lambda k: differences[k]))
+    start = {f"model.{name}": p.detach() for name, p in class_conditional("flow").unet.named_parameters()}
+    for file in (name for name in first if "optimizer" not in name):
+        keys = [key for key in first[file] if not key.endswith("to_k.bias")]
+        different = torch.cat([(first[file][key] - second[file][key]).flatten() for key in keys]).norm()
+        moved = [(first[file][key] - start[key]).flatten() for key in keys if key in start] or [first[file][key].flatten() for key in keys]
+        assert different < 0.01 * torch.cat(moved).norm(), (file, different)
 
 
 @pytest.mark.parametrize("name", METHODS)
