@@ -226,8 +226,7 @@ def test_unconditional_pipelines_and_what_pipelines_refuse(models: Path, tmp_pat
 
 def launch(arguments: list[str], cwd: Path, processes: int) -> str:
     """What a script prints when it is started as so many processes."""
-    port = 29_500 + (os.getpid() + 500) % 1000
-    several = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "EVAL_CACHE": str(cwd / f"cache-{processes}"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *several, str(EVAL / arguments[0]), *arguments[1:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=900, check=False)

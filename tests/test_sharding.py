@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import free_port, on_ranks
+from forked import on_ranks
 from safetensors.torch import load_file
 from test_ranks import SMALL, local, log, one_thread  # noqa: F401
 from test_trainer import ENVIRONMENT, METHODS, assert_equal, final_weights, in_a_process, trainer
@@ -218,7 +218,7 @@ def test_killed_ranks_resume_bit_exactly(tmp_path: Path) -> None:
     changes: dict[str, Any] = SHARD | {"max_train_steps": 10, "checkpointing_steps": 1, "train_batch_size": 2, "num_validation_images": 1}
 
     def launch(**more: Any) -> list[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         return [*command, *in_a_process(tmp_path / "parts", **changes | more)]
 
     ranks = subprocess.Popen(launch(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
@@ -228,7 +228,8 @@ def test_killed_ranks_resume_bit_exactly(tmp_path: Path) -> None:
     for process in (*children(ranks.pid), ranks.pid):
         os.kill(process, signal.SIGKILL)
     assert ranks.wait() == -signal.SIGKILL and not (tmp_path / "parts" / "checkpoint-10").exists()
-    subprocess.run(launch(resume_from_checkpoint="latest"), check=True, capture_output=True, env=ENVIRONMENT)
+    resumed = subprocess.run(launch(resume_from_checkpoint="latest"), capture_output=True, text=True, env=ENVIRONMENT)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert on_ranks(2, lambda rank: trainer(tmp_path / "whole", **changes).train(), tmp_path) == [0, 0]
     assert_equal(*(final_weights(tmp_path / kind, 10) for kind in ("whole", "parts")))
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()

@@ -210,9 +210,9 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, name: str) -> None:
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *in_a_process(tmp_path / "one")], check=True, capture_output=True, env=ENVIRONMENT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000)]
-    two = [*launch, *in_a_process(tmp_path / "two", train_batch_size=4)]
-    subprocess.run(two, check=True, capture_output=True, env=ENVIRONMENT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on a port that is free
+    two = subprocess.run([*launch, *in_a_process(tmp_path / "two", train_batch_size=4)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert two.returncode == 0, two.stderr[-3000:]
     assert json.loads((tmp_path / "one" / "run.json").read_text())["world_size"] == 1
     assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
     assert_same_up_to_rounding(tmp_path / "one", tmp_path / "two", 6)
